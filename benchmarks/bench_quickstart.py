@@ -1,0 +1,199 @@
+"""The quickstart's comparison over seeds and learning rates: what its README table and its learning rates rest on.
+
+    python -m benchmarks.bench_quickstart                  # all runs into benchmarks/results, about 75 min on 2 cores
+    python -m benchmarks.bench_quickstart --quick          # one seed, few steps, only printed
+    python -m benchmarks.bench_quickstart --report         # rebuild the tables from the stored runs
+
+Every run is stored as it ends; a benchmark that was stopped goes on where it was.
+"""
+
+import itertools
+import json
+import math
+import statistics
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from launch.cli import run_command
+from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, hardware, run_method
+from launch.train import OptimizerName, TrainConfig, learning_rate
+from vsa_ddp import learning_rate_factor
+
+RESULTS = Path(__file__).parent / "results" / "quickstart_cpu2_202611.json"
+SEEDS = (0, 1, 2)
+# Ours is searched around the square-root rule, at the same spacing
+GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
+    "adamw": {
+        "dense": (2e-3, 2.8e-3, 4e-3, 5.6e-3),
+        "powersgd": (2e-3, 2.8e-3, 4e-3, 5.6e-3),
+        "vsa": tuple(lr * learning_rate_factor(TrainConfig.bundle) for lr in (2.8e-3, 4e-3, 5.6e-3)),
+    },
+    "sgd": {
+        "dense": (0.025, 0.05, 0.1, 0.2, 0.4),
+        "powersgd": (0.0125, 0.025, 0.05, 0.1, 0.2),
+        "vsa": (0.05, 0.1, 0.2, 0.4, 0.8),
+    },
+}
+LONG_STEPS = 3000
+"""Compression noise shows on long runs: AdamW at the stated learning rates, not tuned again."""
+
+Run = dict[str, Any]
+
+
+def planned() -> list[TrainConfig]:
+    """The stated learning rates first, then the rest of the grids."""
+    configs = [
+        TrainConfig(method=method, optimizer=optimizer, lr=lr, seed=seed)
+        for optimizer, grid in GRIDS.items()
+        for method, seed in itertools.product(METHODS, SEEDS)
+        for lr in grid[method]
+    ]
+    configs.sort(key=lambda c: (c.optimizer != "adamw", not is_stated(vars(c)), c.seed))
+    long = [replace(c, steps=LONG_STEPS) for c in configs if c.optimizer == "adamw" and is_stated(vars(c))]
+    return configs + long
+
+
+def is_stated(run: Run) -> bool:
+    """Whether a run used the learning rate that the quickstart states for its method."""
+    stated = TrainConfig(method=run["method"], optimizer=run["optimizer"])
+    return math.isclose(run["lr"], learning_rate(stated), rel_tol=1e-6)
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    return run["optimizer"], run["method"], f"{run['lr']:.4g}", run["seed"], run["steps"]
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables of a results file, as Markdown."""
+    lines = ["# Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", ""]
+    lines += ["`python -m benchmarks.bench_quickstart` wrote the runs, `--report` this page.", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    for optimizer, steps in sorted({(run["optimizer"], run["steps"]) for run in results["runs"]}):
+        runs = [run for run in results["runs"] if (run["optimizer"], run["steps"]) == (optimizer, steps)]
+        stated = [run for run in runs if is_stated(run)]
+        lines += ["", f"## {optimizer}, {steps} steps: every seed at the stated learning rate", ""]
+        lines += ["| method | seed | lr | train loss | held-out loss | KiB/step | compression | ms/step | ms in hook |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for run in sorted(stated, key=lambda r: (METHODS.index(r["method"]), r["seed"])):
+            lines.append(
+                f"| {LABELS[run['method']]} | {run['seed']} | {run['lr']:.4g} | {_loss(run, 'train_loss')} | "
+                f"{_loss(run, 'heldout_loss')} | {run['wire_bytes_per_step'] / 1024:.1f} | {run['compression']:.1f} | "
+                f"{run['ms_per_step']:.1f} | {run['hook_ms']:.1f} |"
+            )
+        lines += ["", *_verdict(stated)]
+        if steps == LONG_STEPS:
+            continue
+        lines += [
+            "",
+            f"## {optimizer}, {steps} steps: held-out loss over the learning rates, mean of seeds (each seed)",
+            "",
+        ]
+        lines += ["| method | lr | mean | seeds |", "|---|---|---|---|"]
+        for method, lr in sorted({(r["method"], r["lr"]) for r in runs}, key=lambda p: (METHODS.index(p[0]), p[1])):
+            at = sorted((r for r in runs if (r["method"], r["lr"]) == (method, lr)), key=lambda r: r["seed"])
+            mark = " (stated)" if is_stated(at[0]) else ""
+            each = ", ".join(_loss(r, "heldout_loss") for r in at)
+            lines.append(f"| {LABELS[method]} | {lr:.4g}{mark} | {_mean(at)} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The README's table: AdamW at the stated learning rates, mean over the seeds."""
+    lines = [
+        "| | learning rate | held-out loss | KiB per step | compression | ms per step | ms in hook, beside backward |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for method in METHODS:
+        wanted = ("adamw", method, TrainConfig.steps)
+        runs = [r for r in results["runs"] if (r["optimizer"], r["method"], r["steps"]) == wanted and is_stated(r)]
+        mean = {name: statistics.mean(run[name] for run in runs) for name in FIGURES}
+        losses = sorted(run["heldout_loss"] for run in runs)
+        spread = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+        lines.append(
+            f"| {LABELS[method]} | {runs[0]['lr']:.4f} | {mean['heldout_loss']:.3f} ({spread}) | "
+            f"{mean['wire_bytes_per_step'] / 1024:.1f} | {mean['compression']:.1f} x | {mean['ms_per_step']:.0f} | "
+            f"{mean['hook_ms']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _machine(environment: dict[str, Any]) -> dict[str, Any]:
+    return {name: environment[name] for name in ("ranks", "cpu", "cores", "gpus", "torch")}
+
+
+def _loss(run: Run, name: str) -> str:
+    return "diverged" if run[name] is None else f"{run[name]:.3f}"
+
+
+def _mean(runs: list[Run]) -> str:
+    losses = [run["heldout_loss"] for run in runs]
+    return "diverged" if None in losses else f"{statistics.mean(losses):.3f}"
+
+
+def _verdict(stated: list[Run]) -> list[str]:
+    """Ours against the others, seed by seed."""
+    lines = []
+    by = {(run["method"], run["seed"]): run for run in stated}
+    for seed in SEEDS:
+        three = [by.get((method, seed)) for method in ("vsa", "dense", "powersgd")]
+        if any(run is None or run["heldout_loss"] is None for run in three):
+            continue
+        vsa, dense, powersgd = (run for run in three if run is not None)
+        against = {
+            m: 100 * (vsa["heldout_loss"] / run["heldout_loss"] - 1)
+            for m, run in (("dense", dense), ("powersgd", powersgd))
+        }
+        fewer = powersgd["wire_bytes_per_step"] / vsa["wire_bytes_per_step"]
+        lines.append(
+            f"- seed {seed}: held-out loss {against['dense']:+.1f} % against plain DDP, {against['powersgd']:+.1f} % "
+            f"against PowerSGD, with {fewer:.1f} times fewer bytes than PowerSGD"
+        )
+    return lines
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, 60 steps, stated learning rates; printed.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
+    rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
+) -> None:
+    """Compare the three methods of the quickstart over seeds and learning rates."""
+    file = json_file or (None if quick else RESULTS)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    environment = {"ranks": default_ranks(), **hardware(), "commit": commit.stdout.strip() or "unknown"}
+    results: dict[str, Any] = {"environment": environment, "runs": []}
+    if file is not None and file.exists():
+        results = json.loads(file.read_text())
+        if not rebuild and _machine(results["environment"]) != _machine(environment):
+            raise typer.BadParameter(
+                f"{file} was measured on {_machine(results['environment'])}, and this is {_machine(environment)}; "
+                "name another file.",
+                param_hint="'--json'",
+            )
+    done = {key(run) for run in results["runs"]}
+    if quick:
+        configs = [TrainConfig(method=m, steps=60, lr=learning_rate(TrainConfig(method=m))) for m in METHODS]
+    else:
+        configs = planned()
+    waiting = [] if rebuild else [config for config in configs if key(vars(config)) not in done]
+    for config in tqdm(waiting, unit="run"):
+        try:
+            figures = run_method(config, environment["ranks"], show_bar=False)
+        except subprocess.CalledProcessError as error:
+            tqdm.write(f"{config} failed with exit code {error.returncode}; start again to retry.")
+            continue
+        results["runs"].append({**vars(config), **figures_of(figures)})
+        if file is not None:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    page = report(results)
+    if file is not None:
+        file.with_suffix(".md").write_text(page)
+    typer.echo(page)
+
+
+if __name__ == "__main__":
+    run_command(main)

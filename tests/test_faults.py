@@ -1,0 +1,214 @@
+"""What must not work fails on every rank with a clear error; what overflows leaves no trace."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
+
+import vsa_ddp
+from tests.models import digest, gradients, loss_of, net
+from tests.ranks import run_ranks
+from vsa_ddp import VsaConfig, VsaState, vsa_hook
+
+
+def error_of(call: Callable[[], Any]) -> tuple[str, str]:
+    with pytest.raises(Exception) as error:  # noqa: PT011  (the caller looks at type and text)
+        call()
+    return error.type.__name__, str(error.value)
+
+
+def overflow_run(rank: int, world_size: int, bad_step: int, bad_value: float | None) -> dict[str, Any]:
+    """Twelve steps without an optimizer; at `bad_step` one gradient of rank 1 becomes `bad_value`."""
+    model = DDP(net(), bucket_cap_mb=0.05)
+    state = vsa_ddp.register(model)
+    digests, finite = [], []
+    for step in range(12):
+        model.zero_grad()
+        loss = loss_of(model, step, rank)
+        if bad_value is not None and step == bad_step and rank == 1:
+            parameter = model.module.mix.weight
+            handle = parameter.register_hook(lambda g: torch.full_like(g, bad_value))
+            loss.backward()
+            handle.remove()
+        else:
+            loss.backward()
+        finite.append(bool(gradients(model)["mix.weight"].isfinite().all()))
+        digests.append(digest(gradients(model).values()))
+    scales = state.state_dict()["scales"]
+    return {
+        "digests": digests,
+        "finite": finite,
+        "scales": digest(t for pair in scales.values() for t in pair.values()),
+        "mix": digest(scales["mix.weight"].values()),
+        "finite_scales": all(bool(t.isfinite().all()) for pair in scales.values() for t in pair.values()),
+    }
+
+
+@pytest.mark.parametrize("bad_value", [float("inf"), float("nan")])
+def test_an_overflow_on_one_rank_shows_on_all_and_leaves_no_trace(tmp_path: Path, bad_value: float) -> None:
+    clean = run_ranks(overflow_run, 2, tmp_path, 5, None)[0]
+    for rank in run_ranks(overflow_run, 2, tmp_path, 5, bad_value):
+        assert rank["finite"] == [step != 5 for step in range(12)]
+        assert rank["digests"][6:] == clean["digests"][6:]
+        assert rank["scales"] == clean["scales"]
+
+
+@pytest.mark.parametrize("bad_step", [0, 8])
+def test_an_overflow_while_scales_are_measured_does_not_enter_them(tmp_path: Path, bad_step: int) -> None:
+    ranks = run_ranks(overflow_run, 2, tmp_path, bad_step, float("inf"))
+    for rank in ranks:
+        assert rank["finite"] == [step != bad_step for step in range(12)]
+        assert rank["digests"] == ranks[0]["digests"]
+        assert rank["finite_scales"]
+
+
+def grad_scaler_run(rank: int, world_size: int) -> tuple[list[float], list[bool], bool]:
+    model = DDP(net(), bucket_cap_mb=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    vsa_ddp.register(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    scales, stepped = [], []
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = scaler.scale(loss_of(model, step, rank))
+        if step in (0, 4) and rank == 1:
+            loss = loss * 1e38 * 1e38
+        loss.backward()
+        before = digest(model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        stepped.append(digest(model.parameters()) != before)
+        scales.append(scaler.get_scale())
+    return scales, stepped, all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_gradscaler_skips_the_step_together_and_recovers(tmp_path: Path) -> None:
+    ranks = run_ranks(grad_scaler_run, 2, tmp_path)
+    scales, stepped, finite = ranks[0]
+    assert ranks[1] == ranks[0]
+    assert stepped == [step not in (0, 4) for step in range(12)]
+    assert scales[0] == 512.0
+    assert scales[3] == 1024.0  # three good steps: grown again
+    assert scales[-1] > scales[4]
+    assert finite
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 32, sparse=True)
+
+    def forward(self) -> torch.Tensor:
+        return self.table(torch.arange(5)).square().mean()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(50, 50, dtype=torch.complex64))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.abs().square().mean()
+
+
+def unsupported(rank: int, world_size: int, make: Callable[[], nn.Module]) -> tuple[str, str]:
+    model = DDP(make())
+    vsa_ddp.register(model)
+    return error_of(lambda: model().backward())
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (Sparse, r"gradients of table\.weight are sparse, which vsa_hook cannot bundle; use sparse=False"),
+        (Complex, r"parameter weight is torch\.complex64, but vsa_hook compresses real numbers"),
+    ],
+)
+def test_sparse_and_complex_gradients_are_refused(tmp_path: Path, make: type[nn.Module], text: str) -> None:
+    ranks = run_ranks(unsupported, 2, tmp_path, make)
+    assert all(kind == "TypeError" for kind, _ in ranks)
+    for _, message in ranks:
+        assert re.search(text, message), message
+
+
+def shared_state(rank: int, world_size: int, named: bool) -> tuple[str, str]:
+    first, second = DDP(net(0)), DDP(net(1))
+    if named:
+        state = vsa_ddp.register(first)
+    else:
+        state = VsaState()
+        first.register_comm_hook(state, vsa_hook)
+    second.register_comm_hook(state, vsa_hook)
+    loss_of(first, 0, rank).backward()
+    return error_of(lambda: loss_of(second, 0, rank).backward())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_serves_one_model(tmp_path: Path, named: bool) -> None:
+    for kind, message in run_ranks(shared_state, 2, tmp_path, named):
+        assert kind == "ValueError"
+        assert "make one VsaState for each DDP model" in message
+
+
+def different_settings(rank: int, world_size: int) -> tuple[str, str]:
+    model = DDP(net())
+    vsa_ddp.register(model, bundle=4 + rank, seed=7 if rank == 2 else 0)
+    return error_of(lambda: loss_of(model, 0, rank).backward())
+
+
+def test_settings_that_differ_are_named_on_every_rank(tmp_path: Path) -> None:
+    for kind, message in run_ranks(different_settings, 3, tmp_path, seconds=20):
+        assert kind == "ValueError"
+        assert "bundle (rank 0: 4, rank 1: 5, rank 2: 6)" in message
+        assert "seed (rank 0: 0, rank 1: 0, rank 2: 7)" in message
+        assert "rotation_block" not in message
+
+
+def one_rank_loads(rank: int, world_size: int) -> tuple[str, str]:
+    model = DDP(net())
+    state = vsa_ddp.register(model)
+    for step in range(3):
+        loss_of(model, step, rank).backward()
+    saved = state.state_dict()
+    resumed = DDP(net())
+    new = vsa_ddp.register(resumed)
+    if rank == 1:
+        new.load_state_dict(saved)
+    return error_of(lambda: loss_of(resumed, 3, rank).backward())
+
+
+def test_a_checkpoint_loaded_on_some_ranks_only_is_named(tmp_path: Path) -> None:
+    for kind, message in run_ranks(one_rank_loads, 2, tmp_path, seconds=20):
+        assert kind == "ValueError"
+        assert "step (rank 0: 0, rank 1: 3)" in message
+
+
+def peer_dies(rank: int, world_size: int) -> str:
+    model = DDP(net(), bucket_cap_mb=0.05)
+    vsa_ddp.register(model)
+    for step in range(2):
+        loss_of(model, step, rank).backward()
+    dist.barrier()
+    if rank == 1:
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return "gone"
+    kind, _ = error_of(lambda: loss_of(model, 2, rank).backward())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return kind
+
+
+def test_a_peer_that_is_gone_is_an_error_not_a_local_gradient(tmp_path: Path) -> None:
+    assert run_ranks(peer_dies, 2, tmp_path, seconds=20) == ["RuntimeError", "gone"]
+
+
+def test_a_call_per_parameter_by_compiled_autograd_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"optimize_ddp"):
+        vsa_hook(VsaState(config=VsaConfig()), (torch.zeros(3), nn.Parameter(torch.zeros(3))))

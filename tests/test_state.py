@@ -1,0 +1,190 @@
+"""A state is saved, copied and resumed without a bit lost."""
+
+import copy
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
+
+import vsa_ddp
+from tests.models import digest, loss_of, net
+from tests.ranks import run_ranks
+from vsa_ddp import VsaConfig, VsaState, vsa_hook
+from vsa_ddp.layout import plan_bucket
+
+
+def start(named: bool, options: dict[str, Any]) -> tuple[DDP, torch.optim.Optimizer, VsaState]:
+    model = DDP(net(), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if named:
+        return model, optimizer, vsa_ddp.register(model, optimizer)
+    state = VsaState(config=VsaConfig())
+    model.register_comm_hook(state, vsa_hook)
+    return model, optimizer, state
+
+
+def steps(model: DDP, optimizer: torch.optim.Optimizer, rank: int, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+
+
+def resume(rank: int, world_size: int, folder: Path, named: bool, options: dict[str, Any]) -> tuple[str, str, Any, Any]:
+    model, optimizer, state = start(named, {"bucket_cap_mb": 0.05})
+    steps(model, optimizer, rank, 0, 7)
+    file = folder / f"{rank}.pt"
+    torch.save(
+        {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "hook": state.state_dict()}, file
+    )
+    steps(model, optimizer, rank, 7, 14)
+
+    resumed, resumed_optimizer, resumed_state = start(named, options)
+    saved = torch.load(file, weights_only=True)
+    resumed.module.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    resumed_state.load_state_dict(saved["hook"])
+    steps(resumed, resumed_optimizer, rank, 7, 14)
+    return (
+        digest(model.parameters()),
+        digest(resumed.parameters()),
+        state.compression_stats(),
+        resumed_state.compression_stats(),
+    )
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"bucket_cap_mb": 0.05}, {"bucket_cap_mb": 0.1}, {"bucket_cap_mb": 100, "static_graph": True}]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, named: bool, options: dict[str, Any]) -> None:
+    for whole, resumed, stats, resumed_stats in run_ranks(resume, 2, tmp_path, tmp_path, named, options):
+        assert whole == resumed
+        assert stats.steps == resumed_stats.steps == 14
+        assert stats.dense_bytes == resumed_stats.dense_bytes
+        # parts of a packet are filled to 8 bytes, and the first resumed step has other buckets
+        assert stats.wire_bytes == pytest.approx(resumed_stats.wire_bytes, rel=0.01)
+
+
+def a_saved_state(rank: int, world_size: int) -> dict[str, Any]:
+    model, optimizer, state = start(True, {})
+    steps(model, optimizer, rank, 0, 3)
+    return state.state_dict()
+
+
+def test_loading_for_other_parameters_names_the_first(tmp_path: Path) -> None:
+    saved = run_ranks(a_saved_state, 1, tmp_path)[0]
+    state = VsaState()
+    state.load_state_dict(saved)
+    model = net()
+    model.mix = torch.nn.Linear(96, 100, bias=False)
+    with pytest.raises(ValueError, match=r"mix\.weight is \(96, 96\) there and \(100, 96\) here"):
+        state.name_parameters(model.named_parameters())
+    named = VsaState()
+    named.name_parameters(model.named_parameters())
+    with pytest.raises(ValueError, match=r"mix\.weight is \(96, 96\) there"):
+        named.load_state_dict(saved)
+
+
+def load_bare(rank: int, world_size: int, saved: dict[str, Any]) -> str:
+    model = DDP(torch.nn.Linear(4, 4))
+    state = VsaState()
+    state.load_state_dict(saved)
+    model.register_comm_hook(state, vsa_hook)
+    with pytest.raises(ValueError, match="belongs to other parameters") as error:
+        model(torch.ones(4)).sum().backward()
+    return str(error.value)
+
+
+def test_a_bare_state_loaded_for_another_model_is_refused(tmp_path: Path) -> None:
+    saved = run_ranks(a_saved_state, 1, tmp_path)[0]
+    assert "is (4, 4)" in run_ranks(load_bare, 1, tmp_path, saved)[0]
+
+
+def test_other_settings_than_saved_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = run_ranks(a_saved_state, 1, tmp_path)[0]
+    state = VsaState(config=VsaConfig(bundle=16))
+    with caplog.at_level(logging.WARNING):
+        state.load_state_dict(saved)
+    assert caplog.messages == ["setting bundle was 4 in the loaded state and is 16 now"]
+    assert state.config.bundle == 16
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_a_state_is_made_copied_and_unpickled_without_a_group(tmp_path: Path, copier: Any) -> None:
+    assert not dist.is_initialized()
+    saved = run_ranks(a_saved_state, 1, tmp_path)[0]
+    state = VsaState(config=VsaConfig(bundle=8))
+    state.load_state_dict(saved)
+    twin = copier(state)
+    assert twin.config == state.config
+    assert twin.step == 3
+    assert twin.compression_stats() == state.compression_stats()
+    ours, theirs = state.state_dict(), twin.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert ours["shapes"] == theirs["shapes"]
+    assert all(
+        torch.equal(ours["scales"][n][k], theirs["scales"][n][k]) for n in ours["scales"] for k in ("row", "col")
+    )
+
+
+def copies_continue(rank: int, world_size: int) -> tuple[str, str, list[str]]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vsa_ddp.state").addHandler(handler)
+    model, optimizer, state = start(True, {})
+    steps(model, optimizer, rank, 0, 5)
+    twin = DDP(copy.deepcopy(model.module))
+    twin_state = copy.deepcopy(state)
+    twin.register_comm_hook(twin_state, vsa_hook)
+    for m in (model, twin):
+        m.zero_grad()
+        loss_of(m, 5, rank).backward()
+    return *(digest(p.grad for p in m.parameters()) for m in (model, twin)), records  # type: ignore[return-value]
+
+
+def test_a_copy_continues_with_the_same_bits_and_one_warning(tmp_path: Path) -> None:
+    for original, twin, records in run_ranks(copies_continue, 2, tmp_path):
+        assert original == twin
+        assert len([r for r in records if "process group" in r]) == 1
+
+
+def load_in_use(rank: int, world_size: int) -> None:
+    model, optimizer, state = start(True, {})
+    saved = state.state_dict()
+    steps(model, optimizer, rank, 0, 1)
+    with pytest.raises(ValueError, match="this VsaState is in use, at step 1; load into a new one"):
+        state.load_state_dict(saved)
+
+
+def test_loading_into_a_state_in_use_is_refused(tmp_path: Path) -> None:
+    run_ranks(load_in_use, 1, tmp_path)
+
+
+def test_a_saved_state_does_not_change_with_the_run() -> None:
+    state = VsaState()
+    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    for value in (1.0, 2.0):
+        state.update_scales(layout, torch.full((96,), value), torch.full((1,), value))
+        if value == 1.0:
+            saved = state.state_dict()
+    assert saved["scales"]["weight"]["row"].unique().tolist() == pytest.approx([0.1])
+    assert saved["sigma"]["weight"].tolist() == [1.0]
+
+
+def test_names_are_those_of_the_model_before_torch_compile() -> None:
+    plain, compiled = VsaState(), VsaState()
+    model = net()
+    plain.name_parameters(model.named_parameters())
+    compiled.name_parameters(torch.compile(model).named_parameters())
+    assert plain.state_dict()["shapes"] == compiled.state_dict()["shapes"]
+
+
+def test_stats_of_a_new_state() -> None:
+    assert VsaState().compression_stats() == (1.0, 0, 0, 0)

@@ -1,0 +1,18 @@
+"""Gradient compression for DistributedDataParallel: bundled packed-trit hypervectors instead of dense buckets."""
+
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.hook import vsa_hook
+from vsa_ddp.register import learning_rate_factor, register
+from vsa_ddp.state import VsaState
+from vsa_ddp.stats import CompressionStats
+from vsa_ddp.version import __version__
+
+__all__ = [
+    "CompressionStats",
+    "VsaConfig",
+    "VsaState",
+    "__version__",
+    "learning_rate_factor",
+    "register",
+    "vsa_hook",
+]

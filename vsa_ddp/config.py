@@ -1,0 +1,75 @@
+"""Settings of the codec and the hook: one frozen dataclass, every default and every bound."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Gain = Literal["unbiased", "shrunk"]
+WireName = Literal["all_gather", "all_reduce", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VsaConfig:
+    """How gradients are compressed. The same on every rank: the first step compares them and raises if they differ.
+
+    Raises: ValueError naming the setting, the rule and the value.
+    """
+
+    bundle: int = 4
+    """B, how many slots share one hypervector: about 20 * B times fewer bytes than float32."""
+    wire: WireName = "all_gather"
+    """How messages travel. "dense" compresses nothing and equals DDP without a hook, bit for bit; only where gradients
+    stay in DDP's buckets (`gradient_as_bucket_view` and `zero_grad(set_to_none=False)`) and the world size is no power
+    of two, DDP itself rounds otherwise by a unit in the last place."""
+    whiten: bool = True
+    """Divide by the ranks' shared scale before bundling. Right for Adam-like optimizers, wrong for SGD."""
+    gain: Gain = "unbiased"
+    """"unbiased": the decoded gradient has the right mean (Adam-like). "shrunk": it has the least squared error, at
+    0.81 / B of the length (SGD-like)."""
+    exact_steps: int = 1
+    """First steps that travel uncompressed. At least one: it measures the first scales."""
+    rotation_block: int = 1024
+    """Elements mixed by one Walsh-Hadamard transform."""
+    min_numel: int = 1024
+    """Parameters with fewer elements, and all that have one dimension or none, travel uncompressed."""
+    scale_interval: int = 10
+    """Steps between two measurements of the scales (also after steps 1, 2, 4, 8 ...)."""
+    scale_decay: float = 0.9
+    """Weight of the past in the scales' running mean."""
+    seed: int = 0
+    """Seed of the keys."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("bundle", 1, 4096),
+            ("exact_steps", 1, None),
+            ("min_numel", 1, None),
+            ("scale_interval", 1, None),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an int, got {value!r}.")
+            if value < low or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"in {low}..{high}"
+                raise ValueError(f"{name} must be {bounds}, got {value}.")
+        block = self.rotation_block
+        if not isinstance(block, int) or block < 128 or block > 65536 or block & (block - 1):
+            raise ValueError(
+                f"rotation_block must be a power of two in 128..65536 (Walsh-Hadamard needs it), got {block!r}."
+            )
+        if not isinstance(self.scale_decay, float) or not 0.0 <= self.scale_decay < 1.0:
+            raise ValueError(f"scale_decay must be a float in [0, 1), got {self.scale_decay!r}.")
+        for name, choices in (("wire", get_args(WireName)), ("gain", get_args(Gain))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not isinstance(self.whiten, bool):
+            raise ValueError(f"whiten must be True or False, got {self.whiten!r}.")
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "VsaConfig":
+        """The config with `settings` over the defaults. Raises ValueError for a name that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(names)):
+            raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}.")
+        return cls(**settings)

@@ -1,0 +1,70 @@
+"""One line for a training script: settings from the optimizer's family, then the hook on the DDP model."""
+
+import logging
+import math
+from typing import Any, Literal
+
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import ASGD, SGD, Optimizer, Rprop
+
+from vsa_ddp.codec import unbiased_nmse
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.hook import vsa_hook
+from vsa_ddp.state import VsaState
+
+logger = logging.getLogger(__name__)
+
+Family = Literal["adam", "sgd"]
+
+FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
+    # Adam divides by the root of the second moment: it wants the right mean and noise in proportion to the scale
+    "adam": {"whiten": True, "gain": "unbiased"},
+    # SGD takes noise as it comes: it wants the least, and no more of it where the gradient is small
+    "sgd": {"whiten": False, "gain": "shrunk"},
+}
+
+
+def optimizer_family(optimizer: Optimizer | None) -> Family:
+    """ "sgd" for plain and momentum SGD and its kin, "adam" for every optimizer that normalises, and for None."""
+    # Wrappers keep the real one there: ZeroRedundancyOptimizer in `optim`, Accelerate's and Lightning's in `optimizer`
+    while inner := getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None):
+        optimizer = inner
+    return "sgd" if isinstance(optimizer, SGD | ASGD | Rprop) else "adam"
+
+
+def learning_rate_factor(bundle: int) -> float:
+    """What to multiply an Adam-like optimizer's learning rate by: sqrt(B * 1.2348), 2.2 at B=4.
+
+    The unbiased decode's noise multiplies the second moment by 1 + its NMSE, and Adam's steps shrink by the root of
+    that; this gives it back.
+    Raises: ValueError if bundle is less than 1.
+    """
+    if bundle < 1:
+        raise ValueError(f"bundle must be at least 1, got {bundle}.")
+    return math.sqrt(1.0 + unbiased_nmse(bundle))
+
+
+def register(ddp_model: DistributedDataParallel, optimizer: Optimizer | None = None, **settings: Any) -> VsaState:
+    """Register `vsa_hook` on a DDP model, with settings that suit the optimizer, and return its state.
+
+    Args:
+        optimizer: decides whitening and gain by its family; None means Adam-like.
+        settings: fields of `VsaConfig` that override the choice, `bundle=16` for example.
+
+    With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor(bundle)`.
+    Raises: TypeError if the model is not a DistributedDataParallel; ValueError for an impossible setting;
+        RuntimeError (DDP's own) if the model has a hook already.
+    """
+    if not isinstance(ddp_model, DistributedDataParallel):
+        raise TypeError(
+            f"register needs a DistributedDataParallel model, got {type(ddp_model).__name__}; "
+            "wrap it first, DistributedDataParallel(model), and call torch.compile last."
+        )
+    family = optimizer_family(optimizer)
+    config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
+    state = VsaState(ddp_model.process_group, config)
+    state.name_parameters(ddp_model.module.named_parameters())
+    ddp_model.register_comm_hook(state, vsa_hook)
+    if family == "adam" and config.wire != "dense":
+        logger.info("learning rate: times %.2f suits bundle %d", learning_rate_factor(config.bundle), config.bundle)
+    return state

@@ -1,0 +1,208 @@
+"""What the hook keeps between steps: step counter, scales, codecs, byte counts; and how it is saved."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, which torch does not export to mypy
+
+from vsa_ddp.agreement import check_agreement
+from vsa_ddp.codec import Codec
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.layout import BucketLayout, plan_bucket
+from vsa_ddp.names import ParameterNames
+from vsa_ddp.sigma import SharedSigma
+from vsa_ddp.stats import ByteCounter, CompressionStats
+from vsa_ddp.version import __version__
+from vsa_ddp.whitening import Whitening
+from vsa_ddp.wires import WIRES, Link, Wire
+
+logger = logging.getLogger(__name__)
+
+
+class VsaState:
+    """State of `vsa_hook` for one DDP model.
+
+    Args:
+        process_group: the group that the DDP model uses; None for the default group. Looked up at the first bucket, so
+            a state can be made, copied and unpickled before any group exists.
+        config: the settings, the same on all ranks.
+
+    Parameters are known by the names that `name_parameters` gives (`vsa_ddp.register` calls it), or else by the order
+    in which DDP first shows them; with `find_unused_parameters` or several dtypes that order depends on the bucket
+    size, so name them there. Nothing is kept by bucket: DDP may rebuild its buckets, and a checkpoint fits any.
+
+    Copying and pickling leave the process group out, with a warning: the copy uses the default group until its
+    `process_group` is set.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, config: VsaConfig | None = None) -> None:
+        self.process_group = process_group
+        self.config = config if config is not None else VsaConfig()
+        self.step = 0
+        self.whitening = Whitening(self.config.scale_decay)
+        self.sigma = SharedSigma()
+        self._counter = ByteCounter()
+        self._names = ParameterNames()
+        self._agreed = False
+        self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
+        logger.info("%r", self)
+
+    def __repr__(self) -> str:
+        return f"VsaState(step={self.step}, config={self.config})"
+
+    @property
+    def wire(self) -> Wire:
+        return WIRES[self.config.wire]
+
+    # What the hook asks
+
+    def begin(self, bucket: GradBucket) -> tuple[Codec, Link, int]:
+        """Check the bucket, and find the codec, the link and the step for it. The first call compares the ranks."""
+        if isinstance(bucket, tuple):
+            raise TypeError(
+                "vsa_hook needs DDP's own reducer, but compiled autograd called it once per parameter; set "
+                'torch._dynamo.config.optimize_ddp = "ddp_optimizer".'
+            )
+        group = self.process_group if self.process_group is not None else dist.group.WORLD
+        assert group is not None  # DDP cannot exist without one
+        buffer = bucket.buffer()
+        if not self._agreed:
+            check_agreement(self._fingerprint(buffer.device), group)
+            self._agreed = True
+        parameters = bucket.parameters()
+        ids = tuple(map(id, parameters))
+        known = self._codecs.get(bucket.index())
+        if known is None or known[0] != ids:
+            known = self._codecs[bucket.index()] = ids, self._make_codec(parameters, buffer)
+        self._counter.dense_bytes += buffer.nbytes
+        return known[1], Link(group, self._counter), self.step
+
+    def sends_exact(self, step: int) -> bool:
+        """Whether this step travels uncompressed."""
+        return self.config.wire == "dense" or step < self.config.exact_steps
+
+    def measure_scales(self, layout: BucketLayout, gradients: list[Tensor], step: int) -> Tensor:
+        """This rank's scales to send along with the step, or an empty tensor when they are not due."""
+        due = step & (step - 1) == 0 or step % self.config.scale_interval == 0 or step < self.config.exact_steps
+        if self.config.whiten and self.config.wire != "dense" and due:
+            return self.whitening.measure(layout, gradients)
+        return gradients[0].new_empty(0, dtype=torch.float32)
+
+    def known_sigma(self, layout: BucketLayout, device: torch.device) -> Tensor | None:
+        """The last step's standard deviations, for a wire that needs them on all ranks."""
+        return self.sigma.of(layout, device) if self.wire.shared_sigma else None
+
+    def update_scales(self, layout: BucketLayout, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
+        """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
+        if mean_scales_S.numel():
+            self.whitening.update(layout, mean_scales_S)
+        if sigma_T is not None:
+            self.sigma.update(layout, sigma_T)
+
+    def end(self, bucket: GradBucket) -> None:
+        """Count the step when all its buckets have been seen."""
+        if bucket.is_last():
+            self.step += 1
+            self._names.complete = True
+
+    # What the user asks
+
+    def compression_stats(self) -> CompressionStats:
+        """Bytes so far, dense and sent, and their quotient."""
+        return self._counter.summary(self.step)
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+        """Know the model's parameters by name, as `model.named_parameters()` gives them. Before the first step.
+
+        Raises: ValueError if a loaded state belongs to other names or shapes.
+        """
+        self._names.assign(named_parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`."""
+        return {
+            "version": __version__,
+            "step": self.step,
+            "dense_bytes": self._counter.dense_bytes,
+            "wire_bytes": self._counter.wire_bytes,
+            "settings": dict(vars(self.config)),
+            "shapes": {name: list(shape) for name, shape in self._names.shapes.items()},
+            "scales": self.whitening.state_dict(),
+            "sigma": self.sigma.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved: the next gradient has the bits it would have had without the break.
+
+        Settings stay this state's own; those that differ are logged as a warning. Call it on every rank alike, with a
+        new DDP model, before or after `register_comm_hook`.
+        Raises: ValueError if this state has served a step already, or knows parameters of other names or shapes.
+        """
+        if self._agreed:
+            raise ValueError(
+                f"this VsaState is in use, at step {self.step}; load into a new one that is registered with a new DDP "
+                "model, on every rank."
+            )
+        self._names.load({name: tuple(shape) for name, shape in state["shapes"].items()})
+        mine, saved = vars(self.config), state["settings"]
+        for name in sorted(set(mine) | set(saved)):
+            if mine.get(name) != saved.get(name):
+                logger.warning(
+                    "setting %s was %r in the loaded state and is %r now", name, saved.get(name), mine.get(name)
+                )
+        self.step = state["step"]
+        self._counter = ByteCounter(state["dense_bytes"], state["wire_bytes"])
+        self.whitening.load_state_dict(state["scales"])
+        self.sigma.load_state_dict(state["sigma"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            logger.warning("the process group is not copied with a VsaState; the copy uses the default group")
+        return {"config": self.config, "state": self.state_dict()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__init__(None, saved["config"])  # type: ignore[misc]
+        self.load_state_dict(saved["state"])
+
+    def _make_codec(self, parameters: list[Tensor], buffer: Tensor) -> Codec:
+        """The codec of a bucket that was not seen before.
+
+        Raises: TypeError for sparse or complex gradients; ValueError for parameters of another model.
+        """
+        names = self._names.of(parameters)
+        if buffer.is_sparse:
+            raise TypeError(
+                f"gradients of {', '.join(names)} are sparse, which vsa_hook cannot bundle; use sparse=False."
+            )
+        for name, p in zip(names, parameters, strict=True):
+            if p.is_complex():
+                raise TypeError(
+                    f"parameter {name} is {p.dtype}, but vsa_hook compresses real numbers; store it as a real tensor "
+                    "and view it with torch.view_as_complex in forward."
+                )
+        layout = plan_bucket(tuple((name, self._names.shapes[name]) for name in names), self.config)
+        self.whitening.to(layout, buffer.device)
+        logger.info("bucket of %d elements: %d exact, %d trits", buffer.numel(), layout.num_exact, layout.num_dims)
+        return Codec(layout, self.config, self.whitening, buffer.device)
+
+    def _fingerprint(self, device: torch.device) -> dict[str, Any]:
+        """What must be equal on all ranks before the first bucket is sent."""
+        digest = hashlib.sha256(repr(sorted(self._names.shapes.items())).encode())
+        scales = [(name + side, t) for name, pair in self.whitening.state_dict().items() for side, t in pair.items()]
+        for name, tensor in sorted([*scales, *self.sigma.state_dict().items()], key=lambda item: item[0]):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        on_cuda = device.type == "cuda"
+        return {
+            **vars(self.config),
+            "version": __version__,
+            "step": self.step,
+            "digest of parameter names and scales": digest.hexdigest()[:16],
+            # Other arithmetic rounds otherwise, and the ranks' gradients would part
+            "torch": torch.__version__.split("+")[0],
+            "device": torch.cuda.get_device_name(device) if on_cuda else torch.backends.cpu.get_cpu_capability(),
+        }
