@@ -1,9 +1,10 @@
 """A process group that counts what it is given: every method of training is measured by the same meter.
 
 `init_process_group("metered")` makes a gloo or NCCL group inside and passes each collective on, adding the bytes of its
-input tensors on the way. DDP's own all-reduces go through it as well as those of any hook.
+input tensors on the way. DDP's own all-reduces go through it as well as those of any hook, in any group.
 """
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -35,18 +36,29 @@ _INPUT = {
 }
 
 
+_lock = threading.Lock()
+_total = 0
+
+
+def wire_bytes() -> int:
+    """Bytes that this process has handed to the collectives of all its metered groups."""
+    return _total
+
+
 class MeteredGroup(dist.ProcessGroup):
-    """Counts in `wire_bytes` the bytes handed to the collectives of `inner`, a gloo or NCCL group."""
+    """Counts the bytes handed to the collectives of `inner`, a gloo or NCCL group."""
 
     def __init__(self, inner: dist.ProcessGroup, rank: int, world_size: int) -> None:
         super().__init__(rank, world_size)
         self._inner = inner
-        self.wire_bytes = 0
 
     @property
     def _device_types(self) -> list[torch.device]:
         """Where torch puts what it sends on its own behalf, in barriers and object collectives."""
         return self._inner._device_types
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return self._inner._get_backend(device)
 
     def getBackendName(self) -> str:  # noqa: N802  (torch's own name)
         return "metered"
@@ -54,8 +66,11 @@ class MeteredGroup(dist.ProcessGroup):
 
 def _metered(name: str, position: int | None) -> Callable[..., Any]:
     def collective(self: MeteredGroup, *args: Any, **options: Any) -> Any:
+        global _total
         if position is not None:
-            self.wire_bytes += _num_bytes(args[position])
+            num_bytes = _num_bytes(args[position])
+            with _lock:
+                _total += num_bytes
         return getattr(self._inner, name)(*args, **options)
 
     return collective

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import vsa_ddp
-from launch import metered  # noqa: F401  (registers the "metered" backend)
+from launch import metered
 from launch.charlm import CharTransformer, Corpus, windows
 from launch.cli import run_command
 from launch.timing import TimedDDP
@@ -108,7 +108,6 @@ def schedule(step: int, steps: int) -> float:
 def train(config: TrainConfig) -> dict[str, Any] | None:
     """Train as this rank of the default group. Returns the figures of the run on rank 0, None on the others."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    group = dist.group.WORLD
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     corpus = Corpus()
     torch.manual_seed(config.seed)
@@ -126,10 +125,10 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     wire_bytes, step_ms, hook_ms = [], [], []
     hidden = rank != 0 or "TQDM_DISABLE" in os.environ
     bar = tqdm(total=config.steps, desc=f"{config.method:>8}", unit="step", disable=hidden, mininterval=0.5)
-    group.wire_bytes = 0
+    started = metered.wire_bytes()
     for step in range(config.steps):
         x, target = (t.to(device) for t in windows(corpus.train, config.batch, config.length, order))
-        sent_before, start = group.wire_bytes, time.perf_counter()
+        sent_before, start = metered.wire_bytes(), time.perf_counter()
         loss = ddp_model(x, target)
         optimizer.zero_grad()
         loss.backward()
@@ -138,9 +137,10 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         losses[step] = loss.item()
         step_ms.append((time.perf_counter() - start) * 1e3)
         hook_ms.append(ddp_model.take_hook_ms())
-        wire_bytes.append(group.wire_bytes - sent_before)
+        wire_bytes.append(metered.wire_bytes() - sent_before)
         recent = losses[max(0, step - 19) : step + 1].mean()
-        bar.set_postfix_str(f"loss {recent:.3f}, sent {group.wire_bytes / 2**20:.1f} MiB", refresh=False)
+        sent = (metered.wire_bytes() - started) / 2**20
+        bar.set_postfix_str(f"loss {recent:.3f}, sent {sent:.1f} MiB", refresh=False)
         bar.update()
     bar.close()
 

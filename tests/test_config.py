@@ -18,7 +18,7 @@ from vsa_ddp.register import optimizer_family
         ("rotation_block", 1000, r"rotation_block must be a power of two .*, got 1000"),
         ("rotation_block", 64, r"rotation_block must be a power of two in 128\.\.65536"),
         ("scale_decay", 1.0, r"scale_decay must be a float in \[0, 1\), got 1\.0"),
-        ("wire", "carrier pigeon", "wire must be one of all_gather, all_reduce, dense, got 'carrier pigeon'"),
+        ("wire", "carrier pigeon", "wire must be one of all_gather, all_reduce, two_shot, dense, got 'carrier pigeon'"),
         ("gain", "big", "gain must be one of unbiased, shrunk, got 'big'"),
         ("whiten", 1, "whiten must be True or False, got 1"),
         ("seed", -1, r"seed must be in 0\.\.9223372036854775807, got -1"),

@@ -1,5 +1,6 @@
 """What must not work fails on every rank with a clear error; what overflows leaves no trace."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import vsa_ddp
 from tests.models import digest, gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
+from vsa_ddp.wires import WIRES
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str]:
@@ -189,9 +191,9 @@ def test_a_checkpoint_loaded_on_some_ranks_only_is_named(tmp_path: Path) -> None
         assert "step (rank 0: 0, rank 1: 3)" in message
 
 
-def peer_dies(rank: int, world_size: int) -> str:
+def peer_dies(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     model = DDP(net(), bucket_cap_mb=0.05)
-    vsa_ddp.register(model)
+    vsa_ddp.register(model, **settings)
     for step in range(2):
         loss_of(model, step, rank).backward()
     dist.barrier()
@@ -205,8 +207,50 @@ def peer_dies(rank: int, world_size: int) -> str:
     return kind
 
 
-def test_a_peer_that_is_gone_is_an_error_not_a_local_gradient(tmp_path: Path) -> None:
-    assert run_ranks(peer_dies, 2, tmp_path, seconds=20) == ["RuntimeError", "gone"]
+@pytest.mark.parametrize("settings", [*({"wire": wire} for wire in WIRES), {"ranks_per_node": 2}])
+def test_a_peer_that_is_gone_is_an_error_not_a_local_gradient(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert run_ranks(peer_dies, 2, tmp_path, settings, seconds=20) == ["RuntimeError", "gone"]
+
+
+def impossible_nodes(rank: int, world_size: int) -> list[tuple[str, str]]:
+    errors = []
+    for value in (2, "local"):
+        model = DDP(net())
+        vsa_ddp.register(model, ranks_per_node=value)
+        errors.append(error_of(lambda model=model: loss_of(model, 0, rank).backward()))
+    model = DDP(net())
+    mesh = dist.device_mesh.DeviceMesh("cpu", [[0, 1], [2, 3]], _init_backend=False)
+    vsa_ddp.register(model, mesh=mesh)
+    errors.append(error_of(lambda: loss_of(model, 0, rank).backward()))
+    flat = dist.device_mesh.DeviceMesh("cpu", [0, 1, 2], _init_backend=False)
+    errors.append(error_of(lambda: VsaState(mesh=flat)))
+    errors.append(error_of(lambda: VsaState(mesh=mesh, config=VsaConfig(ranks_per_node=3))))
+    return errors
+
+
+def test_nodes_that_cannot_be_are_named_on_every_rank(tmp_path: Path) -> None:
+    for errors in run_ranks(impossible_nodes, 3, tmp_path, seconds=20):
+        assert [kind for kind, _ in errors] == ["ValueError"] * 5
+        uneven, unset, foreign, flat, twice = (message for _, message in errors)
+        assert "ranks_per_node must divide the 3 ranks of the DDP model's group, got 2" in uneven
+        assert "reads LOCAL_WORLD_SIZE, which torchrun sets, got None" in unset
+        assert "must hold the ranks of the DDP model's group [0, 1, 2], got [[0, 1], [2, 3]]" in foreign
+        assert "must have two dimensions, nodes and ranks of a node, got [0, 1, 2]" in flat
+        assert "give either a mesh or ranks_per_node, got both" in twice
+
+
+def different_local_sizes(rank: int, world_size: int) -> tuple[str, str]:
+    if rank:
+        os.environ["LOCAL_WORLD_SIZE"] = str(rank)
+    model = DDP(net())
+    vsa_ddp.register(model, ranks_per_node="local")
+    return error_of(lambda: loss_of(model, 0, rank).backward())
+
+
+def test_nodes_of_unlike_size_are_named_on_every_rank(tmp_path: Path) -> None:
+    for kind, message in run_ranks(different_local_sizes, 3, tmp_path, seconds=20):
+        assert kind == "ValueError"
+        assert "LOCAL_WORLD_SIZE (rank 0: None, rank 1: '1', rank 2: '2')" in message
 
 
 def test_a_call_per_parameter_by_compiled_autograd_is_refused() -> None:

@@ -1,11 +1,13 @@
 """The hook under DDP: the same bits on every rank, the exact paths exact, PyTorch's conventions kept."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
@@ -36,6 +38,9 @@ def fifty_steps(rank: int, world_size: int, settings: dict[str, Any]) -> list[st
         {"bundle": 4},
         {"bundle": 4, "gain": "shrunk", "whiten": False},
         {"bundle": 4, "wire": "all_reduce"},
+        {"bundle": 4, "wire": "two_shot"},
+        {"bundle": 4, "wire": "all_reduce", "ranks_per_node": 2},
+        {"bundle": 4, "wire": "two_shot", "ranks_per_node": 2},
     ],
 )
 def test_all_ranks_hold_the_same_bits_for_50_steps(tmp_path: Path, world_size: int, settings: dict[str, Any]) -> None:
@@ -86,6 +91,30 @@ def test_the_first_steps_are_exact_and_so_are_small_parameters_always(tmp_path: 
                 torch.testing.assert_close(ours[step][name], gradient, rtol=2e-7, atol=1e-9)
             else:
                 assert not torch.equal(ours[step][name], gradient)
+
+
+def by_nodes(rank: int, world_size: int, settings: dict[str, Any], as_mesh: bool) -> list[str]:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    model = DDP(net(), bucket_cap_mb=0.05)
+    mesh = init_device_mesh("cpu", (2, 2)) if as_mesh else None
+    vsa_ddp.register(model, mesh=mesh, **settings)
+    digests = []
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, step, rank).backward()
+        digests.append(digest(gradients(model).values()))
+    return digests
+
+
+@pytest.mark.parametrize("wire", sorted(WIRES))
+def test_nodes_may_be_given_by_number_by_torchrun_or_as_a_mesh(tmp_path: Path, wire: str) -> None:
+    by_number = run_ranks(by_nodes, 4, tmp_path, {"wire": wire, "ranks_per_node": 2}, False)
+    by_torchrun = run_ranks(by_nodes, 4, tmp_path, {"wire": wire, "ranks_per_node": "local"}, False)
+    by_mesh = run_ranks(by_nodes, 4, tmp_path, {"wire": wire}, True)
+    flat = run_ranks(by_nodes, 4, tmp_path, {"wire": wire}, False)
+    assert by_number == by_torchrun == by_mesh
+    assert all(digests == by_number[0] for digests in by_number)
+    assert by_number[0][1:] != flat[0][1:]
 
 
 def mean_over_steps(rank: int, world_size: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -16,14 +16,17 @@ from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
 from vsa_ddp.layout import plan_bucket
+from vsa_ddp.wires import WIRES
 
 
-def start(named: bool, options: dict[str, Any]) -> tuple[DDP, torch.optim.Optimizer, VsaState]:
+def start(
+    named: bool, options: dict[str, Any], settings: dict[str, Any] | None = None
+) -> tuple[DDP, torch.optim.Optimizer, VsaState]:
     model = DDP(net(), **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if named:
-        return model, optimizer, vsa_ddp.register(model, optimizer)
-    state = VsaState(config=VsaConfig())
+        return model, optimizer, vsa_ddp.register(model, optimizer, **(settings or {}))
+    state = VsaState(config=VsaConfig(**(settings or {})))
     model.register_comm_hook(state, vsa_hook)
     return model, optimizer, state
 
@@ -35,8 +38,10 @@ def steps(model: DDP, optimizer: torch.optim.Optimizer, rank: int, first: int, l
         optimizer.step()
 
 
-def resume(rank: int, world_size: int, folder: Path, named: bool, options: dict[str, Any]) -> tuple[str, str, Any, Any]:
-    model, optimizer, state = start(named, {"bucket_cap_mb": 0.05})
+def resume(
+    rank: int, world_size: int, folder: Path, named: bool, options: dict[str, Any], settings: dict[str, Any]
+) -> tuple[str, str, Any, Any]:
+    model, optimizer, state = start(named, {"bucket_cap_mb": 0.05}, settings)
     steps(model, optimizer, rank, 0, 7)
     file = folder / f"{rank}.pt"
     torch.save(
@@ -44,7 +49,7 @@ def resume(rank: int, world_size: int, folder: Path, named: bool, options: dict[
     )
     steps(model, optimizer, rank, 7, 14)
 
-    resumed, resumed_optimizer, resumed_state = start(named, options)
+    resumed, resumed_optimizer, resumed_state = start(named, options, settings)
     saved = torch.load(file, weights_only=True)
     resumed.module.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
@@ -63,12 +68,19 @@ def resume(rank: int, world_size: int, folder: Path, named: bool, options: dict[
     "options", [{"bucket_cap_mb": 0.05}, {"bucket_cap_mb": 0.1}, {"bucket_cap_mb": 100, "static_graph": True}]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, named: bool, options: dict[str, Any]) -> None:
-    for whole, resumed, stats, resumed_stats in run_ranks(resume, 2, tmp_path, tmp_path, named, options):
+    for whole, resumed, stats, resumed_stats in run_ranks(resume, 2, tmp_path, tmp_path, named, options, {}):
         assert whole == resumed
         assert stats.steps == resumed_stats.steps == 14
         assert stats.dense_bytes == resumed_stats.dense_bytes
         # parts of a packet are filled to 8 bytes, and the first resumed step has other buckets
         assert stats.wire_bytes == pytest.approx(resumed_stats.wire_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [*({"wire": wire} for wire in WIRES), {"ranks_per_node": 2, "wire": "two_shot"}])
+def test_a_resumed_run_equals_an_uninterrupted_one_on_every_wire(tmp_path: Path, settings: dict[str, Any]) -> None:
+    options = {"bucket_cap_mb": 0.1}
+    for whole, resumed, *_ in run_ranks(resume, 4, tmp_path, tmp_path, True, options, settings):
+        assert whole == resumed
 
 
 def a_saved_state(rank: int, world_size: int) -> dict[str, Any]:
@@ -187,4 +199,6 @@ def test_names_are_those_of_the_model_before_torch_compile() -> None:
 
 
 def test_stats_of_a_new_state() -> None:
-    assert VsaState().compression_stats() == (1.0, 0, 0, 0)
+    stats = VsaState().compression_stats()
+    assert stats.compression == 1.0
+    assert not any(value for name, value in stats._asdict().items() if name != "compression")

@@ -32,16 +32,22 @@ class Codec:
         counters, streams = [], []
         per_slot = hypervector.KEYS_PER_COUNTER
         for s in layout.compressed:
-            count = torch.arange(layout.bundle * s.num_dims // per_slot, device=device).view(layout.bundle, -1)
+            # one row more than slots: the fresh keys of a wire that rounds a second time
+            rows = layout.bundle + 1
+            count = torch.arange(rows * s.num_dims // per_slot, device=device).view(rows, -1)
             counters.append(count)
             streams.append(torch.full_like(count, s.name_hash))
-        empty = torch.zeros(layout.bundle, 0, dtype=torch.int64, device=device)
-        self._counter_BC = torch.cat([empty, *counters], 1)
-        self._stream_BC = torch.cat([empty, *streams], 1)
+        empty = torch.zeros(layout.bundle + 1, 0, dtype=torch.int64, device=device)
+        self._counters = torch.cat([empty, *counters], 1)
+        self._streams = torch.cat([empty, *streams], 1)
 
     def keys(self, step: int) -> Tensor:
         """The step's keys, as bits: the same on every rank, never sent. Shapes: -> (B, D / 8) uint8."""
-        return hypervector.key_bits(self._counter_BC, self._stream_BC, step, self._config.seed)
+        return hypervector.key_bits(self._counters[:-1], self._streams[:-1], step, self._config.seed)
+
+    def fresh_keys(self, step: int) -> Tensor:
+        """The step's keys of one slot more, for a second rounding. Shapes: -> (D / 8,) uint8."""
+        return hypervector.key_bits(self._counters[-1:], self._streams[-1:], step, self._config.seed)[0]
 
     def encode(self, gradients: list[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
         """The rotated hypervector of this rank, and its small parameters as they are.

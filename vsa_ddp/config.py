@@ -4,8 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from vsa_ddp.nodes import RanksPerNode
+
 Gain = Literal["unbiased", "shrunk"]
-WireName = Literal["all_gather", "all_reduce", "dense"]
+WireName = Literal["all_gather", "all_reduce", "two_shot", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class VsaConfig:
     """How messages travel. "dense" compresses nothing and equals DDP without a hook, bit for bit; only where gradients
     stay in DDP's buckets (`gradient_as_bucket_view` and `zero_grad(set_to_none=False)`) and the world size is no power
     of two, DDP itself rounds otherwise by a unit in the last place."""
+    ranks_per_node: RanksPerNode = 1
+    """So many consecutive ranks form a node and average their hypervectors in full precision before the wire; "local"
+    takes torchrun's LOCAL_WORLD_SIZE. It pays where a node's own link is much faster than the network."""
     whiten: bool = True
     """Divide by the ranks' shared scale before bundling. Right for Adam-like optimizers, wrong for SGD."""
     gain: Gain = "unbiased"
@@ -63,6 +68,11 @@ class VsaConfig:
         for name, choices in (("wire", get_args(WireName)), ("gain", get_args(Gain))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        nodes = self.ranks_per_node
+        if nodes != "local" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
+            raise ValueError(f'ranks_per_node must be an int of at least 1 or "local", got {nodes!r}.')
+        if nodes != 1 and self.wire == "dense":
+            raise ValueError(f'wire="dense" has no nodes; leave out ranks_per_node, which is {nodes!r}.')
         if not isinstance(self.whiten, bool):
             raise ValueError(f"whiten must be True or False, got {self.whiten!r}.")
 

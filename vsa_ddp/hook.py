@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vsa_ddp.state import VsaState
-from vsa_ddp.wires import Message, keep_for_current_stream
+from vsa_ddp.wires import keep_for_current_stream
 
 
 # DDP compares the annotations by identity: no `from __future__ import annotations` in this module
@@ -41,8 +41,8 @@ def vsa_hook(
     else:
         keys = codec.keys(step)
         y_TK, exact_E = codec.encode(gradients, keys)
-        message = Message(y_TK, state.known_sigma(codec.layout, y_TK.device), exact_E, scales_S)
-        future, receive = state.wire.exchange(message, link)
+        message = state.message(codec, y_TK, exact_E, scales_S, step)
+        future, receive = state.courier.carry(message, link)
 
     @torch.no_grad()
     def decode(done: torch.futures.Future[Any]) -> torch.Tensor:

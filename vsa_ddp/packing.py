@@ -28,27 +28,30 @@ def pack_trits(trits_D: Tensor) -> Tensor:
 
     Byte value = sum((trit[i] + 1) * 3**i for i in 0..4), 0..242. A short last byte is filled with trit 0.
 
-    Shapes: (D,) int8 -> (ceil(D / 5),) uint8, on the same device.
+    Shapes: (..., D) int8 -> (..., ceil(D / 5)) uint8, on the same device.
     Raises: TypeError if the dtype is not int8. Values outside {-1, 0, +1} are not checked (hot path).
     """
     if trits_D.dtype != torch.int8:
         raise TypeError(f"trits must be int8, got {trits_D.dtype}; convert them with .to(torch.int8).")
-    fill = -trits_D.shape[0] % TRITS_PER_BYTE
-    digits = torch.nn.functional.pad(trits_D + 1, (0, fill), value=1).view(torch.uint8).view(-1, TRITS_PER_BYTE)
-    packed = digits[:, 0].clone()
+    fill = -trits_D.shape[-1] % TRITS_PER_BYTE
+    digits = torch.nn.functional.pad(trits_D + 1, (0, fill), value=1).view(torch.uint8)
+    digits = digits.view(*digits.shape[:-1], digits.shape[-1] // TRITS_PER_BYTE, TRITS_PER_BYTE)
+    packed: Tensor = digits[..., 0].clone()
     for i in range(1, TRITS_PER_BYTE):
-        packed.add_(digits[:, i], alpha=3**i)
+        packed.add_(digits[..., i], alpha=3**i)
     return packed
 
 
 def unpack_trits(packed: Tensor, num_trits: int) -> Tensor:
-    """Invert `pack_trits`. Shapes: (ceil(D / 5),) uint8 -> (D,) int8.
+    """Invert `pack_trits`. Shapes: (..., ceil(D / 5)) uint8 -> (..., D) int8.
 
     Raises: ValueError if the number of bytes is not that of `num_trits` trits.
     """
-    if packed.shape[0] != -(-num_trits // TRITS_PER_BYTE):
-        raise ValueError(f"{num_trits} trits take {-(-num_trits // TRITS_PER_BYTE)} bytes, got {packed.shape[0]}.")
-    return trits_of_byte(packed.device).index_select(0, packed.int()).view(-1)[:num_trits]
+    num_bytes = -(-num_trits // TRITS_PER_BYTE)
+    if packed.shape[-1] != num_bytes:
+        raise ValueError(f"{num_trits} trits take {num_bytes} bytes, got {packed.shape[-1]}.")
+    trits = trits_of_byte(packed.device).index_select(0, packed.flatten().int())
+    return trits.view(*packed.shape[:-1], num_bytes * TRITS_PER_BYTE)[..., :num_trits]
 
 
 @cache
@@ -60,7 +63,8 @@ def trits_of_byte(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Packet:
-    """What one rank has to say about one bucket. Shapes: (T, K) int8, (T,) and (S,) bfloat16, (E,) any float.
+    """What one rank has to say about one bucket. Shapes: (T, K) int8, (T,) and (S,) bfloat16, (E,) any float; or
+    several packets of one shape, with more dimensions in front.
 
     With a sigma that the ranks share, `levels_T` is (2T,): each row's energy, then what was kept of each.
     """
@@ -108,25 +112,29 @@ def unpack_digits(packed: Tensor, num_trits: int, num_ranks: int) -> Tensor:
 
 
 def pack_packet(packet: Packet) -> Tensor:
-    """The bytes of a packet. Exact: `unpack_packet` inverts it. Shapes: -> (P,) uint8."""
+    """The bytes of a packet. Exact: `unpack_packet` inverts it. Shapes: -> (..., P) uint8."""
     parts = []
-    for part in (packet.levels_T, packet.scales_S, packet.exact_E, pack_trits(packet.trits_TK.flatten())):
+    for part in (packet.levels_T, packet.scales_S, packet.exact_E, pack_trits(packet.trits_TK.flatten(-2))):
         data = part.view(torch.uint8)
-        parts += [data, data.new_zeros(-data.shape[0] % _ALIGN)]
-    return torch.cat(parts)
+        parts += [data, data.new_zeros(*data.shape[:-1], -data.shape[-1] % _ALIGN)]
+    return torch.cat(parts, -1)
 
 
 def unpack_packet(data_P: Tensor, like: Packet) -> Packet:
-    """Invert `pack_packet`. `like` is any packet of the same bucket and step: its shapes are read, nothing else."""
+    """Invert `pack_packet`, for one packet or several. Shapes: (..., P) uint8 -> as in `Packet`.
+
+    `like` is any packet of the same bucket and step: its last dimensions are read, nothing else.
+    """
 
     def take(num_bytes: int) -> Tensor:
         nonlocal data_P
-        data, data_P = data_P[:num_bytes], data_P[num_bytes + -num_bytes % _ALIGN :]
+        data, data_P = data_P[..., :num_bytes], data_P[..., num_bytes + -num_bytes % _ALIGN :]
         return data
 
     levels_T, scales_S, exact_E = (
-        take(part.nbytes).view(part.dtype) for part in (like.levels_T, like.scales_S, like.exact_E)
+        take(part.shape[-1] * part.element_size()).view(part.dtype)
+        for part in (like.levels_T, like.scales_S, like.exact_E)
     )
-    num_trits = like.trits_TK.numel()
-    trits_TK = unpack_trits(take(-(-num_trits // TRITS_PER_BYTE)), num_trits).view_as(like.trits_TK)
-    return Packet(trits_TK, levels_T, scales_S, exact_E)
+    blocks = like.trits_TK.shape[-2:]
+    trits = unpack_trits(take(-(-blocks.numel() // TRITS_PER_BYTE)), blocks.numel())
+    return Packet(trits.view(*trits.shape[:-1], *blocks), levels_T, scales_S, exact_E)

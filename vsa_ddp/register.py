@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any, Literal
 
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, SGD, Optimizer, Rprop
 
@@ -44,11 +45,18 @@ def learning_rate_factor(bundle: int) -> float:
     return math.sqrt(1.0 + unbiased_nmse(bundle))
 
 
-def register(ddp_model: DistributedDataParallel, optimizer: Optimizer | None = None, **settings: Any) -> VsaState:
+def register(
+    ddp_model: DistributedDataParallel,
+    optimizer: Optimizer | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    **settings: Any,
+) -> VsaState:
     """Register `vsa_hook` on a DDP model, with settings that suit the optimizer, and return its state.
 
     Args:
         optimizer: decides whitening and gain by its family; None means Adam-like.
+        mesh: nodes and ranks of a node, see `VsaState`; instead of `ranks_per_node`.
         settings: fields of `VsaConfig` that override the choice, `bundle=16` for example.
 
     With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor(bundle)`.
@@ -62,7 +70,7 @@ def register(ddp_model: DistributedDataParallel, optimizer: Optimizer | None = N
         )
     family = optimizer_family(optimizer)
     config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
-    state = VsaState(ddp_model.process_group, config)
+    state = VsaState(ddp_model.process_group, config, mesh)
     state.name_parameters(ddp_model.module.named_parameters())
     ddp_model.register_comm_hook(state, vsa_hook)
     if family == "adam" and config.wire != "dense":

@@ -2,24 +2,28 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, which torch does not export to mypy
+from torch.distributed.device_mesh import DeviceMesh
 
 from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.names import ParameterNames
+from vsa_ddp.nodes import check_mesh, group_by_node
 from vsa_ddp.sigma import SharedSigma
-from vsa_ddp.stats import ByteCounter, CompressionStats
+from vsa_ddp.stats import ByteCounter, CompressionStats, Totals
 from vsa_ddp.version import __version__
 from vsa_ddp.whitening import Whitening
-from vsa_ddp.wires import WIRES, Link, Wire
+from vsa_ddp.wires import WIRES, Courier, Link, Message
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ class VsaState:
         process_group: the group that the DDP model uses; None for the default group. Looked up at the first bucket, so
             a state can be made, copied and unpickled before any group exists.
         config: the settings, the same on all ranks.
+        mesh: a DeviceMesh of two dimensions, nodes and ranks of a node, over the ranks of the group; instead of
+            `config.ranks_per_node`.
 
     Parameters are known by the names that `name_parameters` gives (`vsa_ddp.register` calls it), or else by the order
     in which DDP first shows them; with `find_unused_parameters` or several dtypes that order depends on the bucket
@@ -40,15 +46,24 @@ class VsaState:
     `process_group` is set.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None, config: VsaConfig | None = None) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        config: VsaConfig | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self.process_group = process_group
         self.config = config if config is not None else VsaConfig()
+        self._mesh: list[list[int]] | None = None
+        if mesh is not None:
+            self._mesh = check_mesh(mesh.mesh.tolist(), self.config.ranks_per_node)
         self.step = 0
         self.whitening = Whitening(self.config.scale_decay)
         self.sigma = SharedSigma()
         self._counter = ByteCounter()
         self._names = ParameterNames()
-        self._agreed = False
+        self._courier: Courier | None = None
+        self._starts_step = True
         self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
         logger.info("%r", self)
 
@@ -56,8 +71,10 @@ class VsaState:
         return f"VsaState(step={self.step}, config={self.config})"
 
     @property
-    def wire(self) -> Wire:
-        return WIRES[self.config.wire]
+    def courier(self) -> Courier:
+        """What carries messages; made at the first bucket."""
+        assert self._courier is not None
+        return self._courier
 
     # What the hook asks
 
@@ -68,19 +85,20 @@ class VsaState:
                 "vsa_hook needs DDP's own reducer, but compiled autograd called it once per parameter; set "
                 'torch._dynamo.config.optimize_ddp = "ddp_optimizer".'
             )
+        buffer, parameters = bucket.buffer(), bucket.parameters()
         group = self.process_group if self.process_group is not None else dist.group.WORLD
         assert group is not None  # DDP cannot exist without one
-        buffer = bucket.buffer()
-        if not self._agreed:
-            check_agreement(self._fingerprint(buffer.device), group)
-            self._agreed = True
-        parameters = bucket.parameters()
+        if self._courier is None or self._courier.group is not group:
+            self._courier = self._meet(group, buffer.device)
         ids = tuple(map(id, parameters))
         known = self._codecs.get(bucket.index())
         if known is None or known[0] != ids:
             known = self._codecs[bucket.index()] = ids, self._make_codec(parameters, buffer)
-        self._counter.dense_bytes += buffer.nbytes
-        return known[1], Link(group, self._counter), self.step
+        if self._starts_step:
+            self._counter.start_step()
+            self._starts_step = False
+        self._counter.add(dense_bytes=buffer.nbytes, num_elements=buffer.numel())
+        return known[1], self._courier.link(self._counter), self.step
 
     def sends_exact(self, step: int) -> bool:
         """Whether this step travels uncompressed."""
@@ -93,9 +111,12 @@ class VsaState:
             return self.whitening.measure(layout, gradients)
         return gradients[0].new_empty(0, dtype=torch.float32)
 
-    def known_sigma(self, layout: BucketLayout, device: torch.device) -> Tensor | None:
-        """The last step's standard deviations, for a wire that needs them on all ranks."""
-        return self.sigma.of(layout, device) if self.wire.shared_sigma else None
+    def message(self, codec: Codec, y_TK: Tensor, exact_E: Tensor, scales_S: Tensor, step: int) -> Message:
+        """What to send, with what the wire asks for: the last step's standard deviations, keys for another rounding."""
+        wire = self.courier.wire
+        assert wire is not None
+        sigma_T = self.sigma.of(codec.layout, y_TK.device) if wire.shared_sigma else None
+        return Message(y_TK, exact_E, scales_S, sigma_T, codec.fresh_keys(step) if wire.fresh_keys else None)
 
     def update_scales(self, layout: BucketLayout, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
@@ -108,6 +129,7 @@ class VsaState:
         """Count the step when all its buckets have been seen."""
         if bucket.is_last():
             self.step += 1
+            self._starts_step = True
             self._names.complete = True
 
     # What the user asks
@@ -128,8 +150,7 @@ class VsaState:
         return {
             "version": __version__,
             "step": self.step,
-            "dense_bytes": self._counter.dense_bytes,
-            "wire_bytes": self._counter.wire_bytes,
+            "totals": asdict(self._counter.totals),
             "settings": dict(vars(self.config)),
             "shapes": {name: list(shape) for name, shape in self._names.shapes.items()},
             "scales": self.whitening.state_dict(),
@@ -143,7 +164,7 @@ class VsaState:
         new DDP model, before or after `register_comm_hook`.
         Raises: ValueError if this state has served a step already, or knows parameters of other names or shapes.
         """
-        if self._agreed:
+        if self._courier is not None:
             raise ValueError(
                 f"this VsaState is in use, at step {self.step}; load into a new one that is registered with a new DDP "
                 "model, on every rank."
@@ -156,18 +177,28 @@ class VsaState:
                     "setting %s was %r in the loaded state and is %r now", name, saved.get(name), mine.get(name)
                 )
         self.step = state["step"]
-        self._counter = ByteCounter(state["dense_bytes"], state["wire_bytes"])
+        self._counter = ByteCounter(Totals(**state["totals"]))
         self.whitening.load_state_dict(state["scales"])
         self.sigma.load_state_dict(state["sigma"])
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             logger.warning("the process group is not copied with a VsaState; the copy uses the default group")
-        return {"config": self.config, "state": self.state_dict()}
+        return {"config": self.config, "mesh": self._mesh, "state": self.state_dict()}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__init__(None, saved["config"])  # type: ignore[misc]
+        self._mesh = saved["mesh"]
         self.load_state_dict(saved["state"])
+
+    def _meet(self, group: dist.ProcessGroup, device: torch.device) -> Courier:
+        """Compare the ranks, find the nodes, and make what carries messages. Collective, blocks, once."""
+        check_agreement(self._fingerprint(device), group)
+        ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
+        nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
+        courier = Courier(group, device, WIRES.get(self.config.wire), nodes)
+        logger.info("%d ranks%s, by %r", len(ranks), f" in {len(nodes)} nodes" if nodes else "", courier.wire)
+        return courier
 
     def _make_codec(self, parameters: list[Tensor], buffer: Tensor) -> Codec:
         """The codec of a bucket that was not seen before.
@@ -199,6 +230,8 @@ class VsaState:
         on_cuda = device.type == "cuda"
         return {
             **vars(self.config),
+            "mesh": self._mesh,
+            "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE") if self.config.ranks_per_node == "local" else None,
             "version": __version__,
             "step": self.step,
             "digest of parameter names and scales": digest.hexdigest()[:16],

@@ -1,0 +1,53 @@
+"""Trits that the network sums. Shape letters: W ranks, T rotation blocks of K elements, E exact elements, S scales."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vsa_ddp.packing import pack_digits, unpack_digits
+from vsa_ddp.ternary import dequantize, level, quantize_at
+from vsa_ddp.wires.link import Link, keep_for_current_stream
+from vsa_ddp.wires.message import Mean, Message, Rounds
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """Trits as digits of int64 lanes, all at the shared sigma, summed on the way. Bytes do not grow with W, digits do.
+
+    The sum is exact, whatever the order of the ranks. Energies, scales and small parameters travel beside the lanes at
+    the same time, in a second all-reduce. It is of float64: the network sums in an order that depends on an element's
+    place in the bucket, and in float32 other buckets would round otherwise.
+    """
+
+    num_rounds: ClassVar[int] = 1
+    shared_sigma: ClassVar[bool] = True
+    fresh_keys: ClassVar[bool] = False
+
+    def exchange(self, message: Message, link: Link) -> Rounds:
+        assert message.sigma_T is not None
+        w = link.world_size
+        trits_TK, energy_T, kept_T = quantize_at(message.y_TK, message.sigma_T)
+        # bfloat16's 8 bits: sums of them are exact in any order, and the same as AllGather's
+        levels = torch.cat([energy_T, kept_T]).bfloat16()
+        lanes = pack_digits(trits_TK.flatten(), w)
+        sides = torch.cat([part.double() for part in (levels, message.scales_S.bfloat16(), message.exact_E)])
+        yield link.all_reduce_sum_(lanes, sides)
+
+        keep_for_current_stream(lanes, sides)
+        sums_TK = unpack_digits(lanes, trits_TK.numel(), w).view_as(message.y_TK)
+        first, second = levels.numel(), levels.numel() + message.scales_S.numel()
+        levels_sum, scales_S, exact_E = sides.tensor_split([first, second])
+        y_TK, sigma_T = mean_of_trits(sums_TK, levels_sum.float(), w)
+        return Mean(y_TK, (exact_E / w).to(message.exact_E.dtype), scales_S.float() / w, sigma_T)
+
+
+def mean_of_trits(sums_TK: Tensor, levels_sum: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """The mean of the ranks' rows, and their standard deviation, from sums of trits at a shared sigma.
+
+    Shapes: (T, K) float32 of integers, (2T,) float32 energies and what was kept -> (T, K), (T,) float32.
+    """
+    energy_T, kept_T = levels_sum.chunk(2)
+    y_TK = dequantize(sums_TK, level(energy_T, kept_T)) / world_size
+    return y_TK, (energy_T / (world_size * sums_TK.shape[1])).sqrt()

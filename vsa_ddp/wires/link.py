@@ -1,0 +1,214 @@
+"""The collectives of a process group, asynchronous, counted as they are handed over, and the groups they run in.
+
+What a collective of n bytes handed over by each of W ranks puts on this rank's network, each way:
+
+| collective  | bytes sent, and received | algorithm                                       |
+|-------------|--------------------------|-------------------------------------------------|
+| all-reduce  | 2 (W - 1) / W * n        | ring: reduce-scatter, then all-gather           |
+| all-gather  | (W - 1) * n              | ring: each packet passes every rank             |
+| all-to-all  | (W - 1) / W * n          | pairwise                                        |
+
+gloo and NCCL both do it so; `benchmarks/bench_wire.py` compares with the counters of the network interface.
+
+Shape letters: W ranks, P bytes of a packet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from vsa_ddp.stats import ByteCounter
+
+# torch 2.13 renamed it and warns about the old name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+CHUNK_BYTES = 256 * 1024
+"""gloo passes longer messages between two ranks in one direction at a time, and a slow link would idle half of it."""
+
+
+class Link:
+    """The ranks of one group, as one bucket sees them.
+
+    A wire's first round runs in the thread of backward, its later ones in another (see `Courier`): both are in bucket
+    order, but each needs a process group of its own, or ranks would pair up different collectives.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        counter: ByteCounter,
+        *,
+        later_group: dist.ProcessGroup | None = None,
+        node: "Link | None" = None,
+        between: "Link | None" = None,
+        is_local: bool = False,
+    ) -> None:
+        self._group = group
+        self._later_group = later_group
+        self._counter = counter
+        self._is_local = is_local
+        self._node = node
+        self._between = between
+        self.rank = group.rank()
+        self.world_size = group.size()
+
+    @property
+    def node(self) -> "Link":
+        """The ranks of this node. Only with `ranks_per_node`."""
+        assert self._node is not None
+        return self._node
+
+    @property
+    def between(self) -> "Link":
+        """The ranks of the other nodes that hold the same shard as this one. Only with `ranks_per_node`."""
+        assert self._between is not None
+        return self._between
+
+    def start_later_rounds(self) -> None:
+        """From now on use the process groups of the other thread."""
+        if self._later_group is not None:
+            self._group = self._later_group
+        for link in (self._node, self._between):
+            if link is not None:
+                link.start_later_rounds()
+
+    def all_reduce_mean_(self, *tensors: Tensor) -> Future[Any]:
+        """Mean of each tensor over the ranks, in place; empty ones are not sent.
+
+        Divided before the sum, as DDP does: half precision holds it, and the bits are DDP's own.
+        """
+        for tensor in tensors:
+            tensor.mul_(1.0 / self.world_size)
+        return self.all_reduce_sum_(*tensors)
+
+    def all_reduce_sum_(self, *tensors: Tensor) -> Future[Any]:
+        """Sum of each tensor over the ranks, in place; empty ones are not sent. All are under way at once."""
+        works = []
+        for tensor in tensors:
+            if tensor.numel():
+                self._count(tensor.nbytes, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
+                works.append(dist.all_reduce(tensor, group=self._group, async_op=True))
+        return _when_all_done(works)
+
+    def all_gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
+        """Every rank's packet. Shapes: (P,) -> a future, and (W, P), valid once the future is done."""
+        self._count(packet_P.nbytes, packet_P.nbytes * (self.world_size - 1))
+        packets_WP = packet_P.new_empty(self.world_size, packet_P.shape[0])
+        if packet_P.is_cuda or packet_P.nbytes <= CHUNK_BYTES:
+            works = [_all_gather(packets_WP.view(-1), packet_P, group=self._group, async_op=True)]
+        else:
+            works = [
+                dist.all_gather(list(packets_WP[:, part]), packet_P[part], group=self._group, async_op=True)
+                for part in _chunks(packet_P)
+            ]
+        return _when_all_done(works), packets_WP
+
+    def all_to_all(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
+        """Row w to rank w. Shapes: (W, P) -> a future, and (W, P), row w from rank w, valid once the future is done."""
+        self._count(packets_WP.nbytes, packets_WP.nbytes * (self.world_size - 1) // self.world_size)
+        received_WP = torch.empty_like(packets_WP)
+        if packets_WP.is_cuda or packets_WP[0].nbytes <= CHUNK_BYTES:
+            works = [dist.all_to_all_single(received_WP, packets_WP, group=self._group, async_op=True)]
+        else:
+            works = [
+                dist.all_to_all(list(received_WP[:, part]), list(packets_WP[:, part]), group=self._group, async_op=True)
+                for part in _chunks(packets_WP[0])
+            ]
+        return _when_all_done(works), received_WP
+
+    def _count(self, handed: int, moved: int) -> None:
+        if self._is_local:
+            self._counter.add(local_bytes=handed)
+        else:
+            self._counter.add(wire_bytes=handed, sent_bytes=moved, received_bytes=moved)
+
+
+def _chunks(packet_P: Tensor) -> Iterator[slice]:
+    step = CHUNK_BYTES // packet_P.element_size()
+    for start in range(0, packet_P.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _when_all_done(works: list[Any]) -> Future[Any]:
+    futures: list[Future[Any]] = [work.get_future() for work in works]
+    if not futures:
+        done: Future[Any] = Future()
+        done.set_result([])
+        return done
+    *earlier, last = futures
+    if not earlier:
+        return last
+
+    def all_done(last: Future[Any]) -> Any:
+        # Begun before `last`, so under way or done: on gloo this waits for the other thread, on NCCL for the stream
+        for future in earlier:
+            future.wait()
+        return last.value()
+
+    return last.then(all_done)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one state: the user's own, and those that later rounds and nodes need."""
+
+    whole: dist.ProcessGroup
+    later: dist.ProcessGroup | None = None
+    node: dist.ProcessGroup | None = None
+    node_later: dist.ProcessGroup | None = None
+    between: dist.ProcessGroup | None = None
+
+    def link(self, counter: ByteCounter) -> Link:
+        """The link of one bucket."""
+        node = between = None
+        if self.node is not None and self.between is not None:
+            node = Link(self.node, counter, later_group=self.node_later, is_local=True)
+            between = Link(self.between, counter)
+        return Link(self.whole, counter, later_group=self.later, node=node, between=between)
+
+
+def make_groups(whole: dist.ProcessGroup, num_rounds: int, nodes: list[list[int]] | None) -> Groups:
+    """Make the process groups that a wire of so many rounds needs, with the backend and timeout of `whole`.
+
+    Collective over `whole`, blocks. `nodes` are ranks of `whole` by node, all of them equally many; None is flat.
+    """
+    if num_rounds == 1:
+        return Groups(whole)
+    ranks = dist.get_process_group_ranks(whole)
+    if nodes is None:
+        return Groups(whole, later=_like(whole, ranks))
+    by_node = [[ranks[member] for member in node] for node in nodes]
+    mine = next(node for node in by_node if dist.get_rank() in node)
+    peers = [node[mine.index(dist.get_rank())] for node in by_node]
+    return Groups(whole, node=_like(whole, mine), node_later=_like(whole, mine), between=_like(whole, peers))
+
+
+def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
+    made: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=True
+    )
+    return made
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group waits for a peer; None, torch's default, if it does not say."""
+    for device in group._device_types:
+        try:
+            timeout: timedelta = group._get_backend(device).options._timeout
+        except (AttributeError, RuntimeError):  # a backend of somebody's own
+            continue
+        return timeout
+    return None
+
+
+def keep_for_current_stream(*tensors: Tensor) -> None:
+    """Tell CUDA's allocator that the current stream, a callback's own, still reads what another stream allocated."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,0 +1,72 @@
+"""What travels, and what a wire is.
+
+Shape letters: T rotation blocks of K elements (D = T * K), E exact elements, S scales.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from vsa_ddp.wires.link import Link
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank wants averaged."""
+
+    y_TK: Tensor
+    """The rotated hypervector, float32."""
+    exact_E: Tensor
+    """Small parameters, in the bucket's dtype."""
+    scales_S: Tensor
+    """Scales measured in this step, float32, or none."""
+    sigma_T: Tensor | None = None
+    """Standard deviation of the rows as all ranks know it, zero where they do not yet, if the wire asks for it."""
+    keys_D: Tensor | None = None
+    """Fresh key bits, the same on all ranks, if the wire rounds a second time. (D / 8,) uint8."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The ranks' mean of a message, the same bits on all. Shapes and dtypes as in `Message`."""
+
+    y_TK: Tensor
+    exact_E: Tensor
+    scales_S: Tensor
+    sigma_T: Tensor | None = None
+    """Standard deviation of this step's rows over all ranks; None if the wire lets each rank use its own."""
+
+
+Rounds = Generator[Future[Any], None, Mean]
+"""A wire at work: it yields what it waits for, and returns the mean."""
+
+
+class Wire(Protocol):
+    """How the ranks' messages about one bucket become their mean."""
+
+    @property
+    def num_rounds(self) -> int:
+        """How often `exchange` yields. With more than one, the later ones run in a thread of their own."""
+
+    @property
+    def shared_sigma(self) -> bool:
+        """Whether all ranks quantise at the same sigma, so that a message must bring it."""
+
+    @property
+    def fresh_keys(self) -> bool:
+        """Whether the wire rounds a second time, so that a message must bring keys for it."""
+
+    def exchange(self, message: Message, link: Link) -> Rounds:
+        """Issue collectives, yield the future to wait for, go on with what has arrived; at last return the mean.
+
+        The first part runs inside the hook and must not wait; nor may any part wait for a future but by yielding it.
+        """
+
+
+def summed_dtype(exact_E: Tensor) -> torch.dtype:
+    """What exact elements are summed in."""
+    return torch.promote_types(exact_E.dtype, torch.float32)
