@@ -28,6 +28,28 @@ def round_trip(codec: Codec, gradients: list[torch.Tensor], step: int) -> list[t
     return decoded
 
 
+@pytest.mark.parametrize("bundle", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_no_bit_depends_on_the_pieces_a_parameter_passes_in(bundle: int, dtype: torch.dtype, whiten: bool) -> None:
+    config = VsaConfig(bundle=bundle, whiten=whiten)
+    shapes = [(70, 33), (5,), (1, 5000), (3000, 3), (12, 4, 5, 6), (257, 129)]
+    layout = plan_bucket(tuple((str(index), shape) for index, shape in enumerate(shapes)), config)
+    gradients = [torch.randn(shape).to(dtype) for shape in shapes]
+    whitening = Whitening(0.9)
+    whitening.update(layout, whitening.measure(layout, gradients))
+    seen = []
+    for piece in (2**62, 4000, 333, 1):
+        codec = Codec(layout, config, whitening, CPU, piece)
+        keys = codec.keys(3)
+        y_TK, exact_E = codec.encode(gradients, keys)
+        decoded = [torch.full_like(g, torch.nan) for g in gradients]
+        codec.decode_(decoded, y_TK, exact_E, keys)
+        seen.append([y_TK, *decoded])
+    for others in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], others, strict=True))
+
+
 def theory(layout: BucketLayout) -> float:
     """Noise over signal of the unbiased decode of elements of equal variance.
 

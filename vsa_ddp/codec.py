@@ -1,14 +1,21 @@
 """Stages 1 to 4 of the data flow and back, for one bucket: whiten, bind, bundle, rotate.
 
-Shape letters: N elements, B slots, D dimensions, T rotation blocks of K elements (D = T * K), C = D / 128 key counters.
+A large parameter passes in pieces of some rows, small enough for all steps on them to stay in the processor's cache; a
+small one, or any on a GPU, passes whole, with all its slots at once. No bit depends on it.
+
+Shape letters: N elements, B slots, D dimensions, T rotation blocks of K elements (D = T * K), C = D / 128 key counters;
+n elements of a piece.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vsa_ddp import hypervector, ternary
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.layout import BucketLayout
+from vsa_ddp.layout import BucketLayout, Slice
 from vsa_ddp.whitening import Whitening
 
 
@@ -22,13 +29,72 @@ def gain(config: VsaConfig) -> float:
     return 1.0 if config.gain == "unbiased" else 1.0 / (1.0 + unbiased_nmse(config.bundle))
 
 
+PIECE = 2**18
+"""Elements of a piece on a CPU: 1 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements of a piece that lie side by side in one slot."""
+
+    slot: int
+    start: int
+    """First dimension, in the bucket's hypervector."""
+    offset: int
+    """First element, in the piece."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a compressed parameter."""
+
+    index: int
+    """Of the parameter in the bucket."""
+    share: Slice
+    rows: slice
+    runs: tuple[Run, ...]
+    """Empty if the piece is the whole parameter."""
+
+
+def cut(layout: BucketLayout, size: int) -> Iterator[Piece]:
+    """The compressed parameters of a bucket in pieces of about `size` elements, at least a row."""
+    for index, s in enumerate(layout.slices):
+        if not s.num_dims:
+            continue
+        step = max(1, size // s.num_cols)
+        if step >= s.num_rows:
+            yield Piece(index, s, slice(0, s.num_rows), ())
+            continue
+        for row in range(0, s.num_rows, step):
+            rows = slice(row, min(row + step, s.num_rows))
+            first, end = rows.start * s.num_cols, rows.stop * s.num_cols
+            runs, at = [], first
+            while at < end:
+                slot, dim = divmod(at, s.num_dims)
+                length = min(end - at, s.num_dims - dim)
+                runs.append(Run(slot, s.start + dim, at - first, length))
+                at += length
+            yield Piece(index, s, rows, tuple(runs))
+
+
 class Codec:
     """Encodes the gradients of one bucket into a hypervector, and decodes the ranks' mean into gradients."""
 
-    def __init__(self, layout: BucketLayout, config: VsaConfig, whitening: Whitening, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: BucketLayout,
+        config: VsaConfig,
+        whitening: Whitening,
+        device: torch.device,
+        piece: int | None = None,
+    ) -> None:
         self.layout = layout
         self._config = config
         self._whitening = whitening
+        if piece is None:
+            piece = PIECE if device.type == "cpu" else 2**62
+        self._pieces = tuple(cut(layout, piece))
         counters, streams = [], []
         per_slot = hypervector.KEYS_PER_COUNTER
         for s in layout.compressed:
@@ -54,45 +120,63 @@ class Codec:
 
         Shapes: gradients of the bucket's parameters in its order, any float dtype -> (T, K) float32, (E,) theirs.
         """
-        x_BD = self._whiten(gradients)
-        y_D = hypervector.bundle(hypervector.bind(x_BD, hypervector.unpack_keys(keys)))
+        y_D = torch.zeros(self.layout.num_dims, dtype=torch.float32, device=gradients[0].device)
+        for piece in self._pieces:
+            x_n = self._whitened(piece, gradients[piece.index])
+            if piece.runs:
+                for run in piece.runs:
+                    bound = hypervector.bind(x_n[run.offset : run.offset + run.length], _key(keys, run))
+                    y_D[run.start : run.start + run.length] += bound
+            else:
+                s = piece.share
+                x_BD = torch.nn.functional.pad(x_n, (0, s.num_dims * self.layout.bundle - s.numel))
+                bound_BD = hypervector.bind(x_BD.view(-1, s.num_dims), _keys(keys, s))
+                y_D[s.start : s.start + s.num_dims] = hypervector.bundle(bound_BD)
         exact = [g.flatten() for s, g in zip(self.layout.slices, gradients, strict=True) if not s.num_dims]
         exact_E = torch.cat(exact) if exact else gradients[0].new_empty(0)
         return hypervector.rotate(y_D.view(-1, self.layout.rotation_block)), exact_E
 
     def decode_(self, gradients: list[Tensor], y_TK: Tensor, exact_E: Tensor, keys: Tensor) -> None:
         """Write the decoded mean into `gradients`, in place. y_TK is the ranks' mean."""
-        y_D = hypervector.rotate(y_TK).flatten()
-        slots_BD = hypervector.unbundle(y_D, self.layout.bundle)
-        x_BD = hypervector.unbind(slots_BD, hypervector.unpack_keys(keys))
-        self._unwhiten_(gradients, x_BD.mul_(gain(self._config)), exact_E)
-
-    def _whiten(self, gradients: list[Tensor]) -> Tensor:
-        """Divide by the scales and lay out in slots. Shapes: the bucket's gradients -> (B, D) float32."""
-        x_BD = torch.zeros(self.layout.bundle, self.layout.num_dims, dtype=torch.float32, device=gradients[0].device)
-        for s, gradient in zip(self.layout.slices, gradients, strict=True):
-            if not s.num_dims:
-                continue
-            x_N = gradient.float().flatten()
-            if self._config.whiten:
-                row, col = self._whitening.factors(s, gradient)
-                x_N = (x_N.view(s.num_rows, s.num_cols) / row).div_(col).flatten()
-            share_BD = x_BD[:, s.start : s.start + s.num_dims]
-            full = s.numel // s.num_dims
-            share_BD[:full] = x_N[: full * s.num_dims].view(full, s.num_dims)
-            rest_N = x_N[full * s.num_dims :]
-            if rest_N.numel():
-                share_BD[full, : rest_N.numel()] = rest_N
-        return x_BD
-
-    def _unwhiten_(self, gradients: list[Tensor], x_BD: Tensor, exact_E: Tensor) -> None:
-        """Mirror of `_whiten`, written into `gradients`; the exact elements go back as they are."""
+        # the gain here touches D elements instead of N
+        y_D = hypervector.rotate(y_TK).mul_(gain(self._config)).flatten()
+        for piece in self._pieces:
+            s = piece.share
+            if piece.runs:
+                runs = [hypervector.unbind(y_D[r.start : r.start + r.length], _key(keys, r)) for r in piece.runs]
+                x_n = runs[0] if len(runs) == 1 else torch.cat(runs)
+            else:
+                slots_BD = hypervector.unbundle(y_D[s.start : s.start + s.num_dims], self.layout.bundle)
+                x_n = hypervector.unbind(slots_BD, _keys(keys, s)).flatten()[: s.numel]
+            self._unwhiten_(piece, x_n, gradients[piece.index])
         for s, gradient in zip(self.layout.slices, gradients, strict=True):
             if not s.num_dims:
                 gradient.copy_(exact_E[s.start : s.start + s.numel].view_as(gradient))
-                continue
-            x_N = x_BD[:, s.start : s.start + s.num_dims].flatten()[: s.numel]
-            if self._config.whiten:
-                row, col = self._whitening.factors(s, gradient)
-                x_N = (x_N.view(s.num_rows, s.num_cols) * row).mul_(col)
-            gradient.copy_(x_N.view_as(gradient))
+
+    def _whitened(self, piece: Piece, gradient: Tensor) -> Tensor:
+        """A piece divided by its scales. Shapes: the parameter's -> (n,) float32."""
+        x_RC = gradient.reshape(piece.share.num_rows, piece.share.num_cols)[piece.rows]
+        if self._config.whiten:
+            row, col = self._whitening.factors(piece.share, gradient)
+            return torch.div(x_RC, row[piece.rows]).div_(col).flatten()
+        return x_RC.float().flatten()
+
+    def _unwhiten_(self, piece: Piece, x_n: Tensor, gradient: Tensor) -> None:
+        """Mirror of `_whitened`, written into the gradient's rows."""
+        x_RC = x_n.view(-1, piece.share.num_cols)
+        if self._config.whiten:
+            row, col = self._whitening.factors(piece.share, gradient)
+            x_RC.mul_(row[piece.rows]).mul_(col)
+        gradient.view(piece.share.num_rows, piece.share.num_cols)[piece.rows] = x_RC
+
+
+def _keys(keys: Tensor, s: Slice) -> Tensor:
+    """The keys of a parameter. Shapes: (B, D / 8) uint8 -> (B, D_p) float32."""
+    return hypervector.unpack_keys(keys[:, s.start // 8 : (s.start + s.num_dims) // 8])
+
+
+def _key(keys: Tensor, run: Run) -> Tensor:
+    """The keys of a run, of which the first need not begin a byte. Shapes: (B, D / 8) uint8 -> (n,) float32."""
+    end = run.start + run.length
+    signs = hypervector.unpack_keys(keys[run.slot, run.start // 8 : -(-end // 8)])
+    return signs[run.start % 8 :][: run.length]
