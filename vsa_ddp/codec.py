@@ -29,10 +29,6 @@ def gain(config: VsaConfig) -> float:
     return 1.0 if config.gain == "unbiased" else 1.0 / (1.0 + unbiased_nmse(config.bundle))
 
 
-PIECE = 2**18
-"""Elements of a piece on a CPU: 1 MiB of float32."""
-
-
 @dataclass(frozen=True)
 class Run:
     """Elements of a piece that lie side by side in one slot."""
@@ -93,7 +89,7 @@ class Codec:
         self._config = config
         self._whitening = whitening
         if piece is None:
-            piece = PIECE if device.type == "cpu" else 2**62
+            piece = ternary.ELEMENTS_IN_CACHE if device.type == "cpu" else 2**62
         self._pieces = tuple(cut(layout, piece))
         counters, streams = [], []
         per_slot = hypervector.KEYS_PER_COUNTER

@@ -1,0 +1,177 @@
+"""What a step's communication costs: a model of latency, bytes and arithmetic, and the advice that follows from it.
+
+    time = hops * latency + bytes / bandwidth + arithmetic
+
+without overlap. The arithmetic was fitted to `benchmarks/bench_wire.py`'s step times on one CPU core; another machine
+is as much faster at it as it is at one rotation (`reference_rotation_s`). Plain numbers: no tensors, no processes.
+
+Letters: N gradient elements, D trits, W ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["dense", "half", "all_gather", "all_reduce", "two_shot"]
+WIRE_METHODS: tuple[Method, ...] = ("all_gather", "all_reduce", "two_shot")
+
+BITS_PER_TRIT = 1.6 + 16 / 1024
+"""Five trits to a byte, and a bfloat16 level for each block of 1024."""
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """What connects two ranks."""
+
+    bytes_per_s: float
+    latency_s: float
+    """From one rank to the next, one way, software included."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Nanoseconds of one rank's arithmetic."""
+
+    dense_ns: float
+    """Per gradient element, of DDP's own copies and the sums of an all-reduce."""
+    half_ns: float
+    """Per element, of a hook that casts to 16 bits."""
+    element_ns: float
+    """Per element, of whitening, binding and bundling, both ways."""
+    trit_ns: dict[str, float]
+    """Per trit, by wire, of rotating, quantising and packing, both ways."""
+    gathered_trit_ns: float
+    """Per trit of every rank's packet that `all_gather` decodes."""
+    reference_rotation_s: float
+    """How long one rotation of 2**20 elements took there."""
+
+
+CPU_CORE = Arithmetic(
+    dense_ns=1.0,
+    half_ns=1.0,
+    element_ns=5.0,
+    trit_ns={"all_gather": 10.0, "all_reduce": 15.0, "two_shot": 25.0},
+    gathered_trit_ns=2.0,
+    reference_rotation_s=3e-3,
+)
+"""Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step's communication, on one rank."""
+
+    received_bytes: float
+    hops: int
+    arithmetic_s: float
+
+    def seconds(self, link: LinkSpeed) -> float:
+        return self.hops * link.latency_s + self.received_bytes / link.bytes_per_s + self.arithmetic_s
+
+
+def digits_per_lane(num_ranks: int) -> int:
+    """How many digits in base 2W + 1, each the sum of W trits, an int64 holds: 27 for 2 ranks, 8 for 64."""
+    base, digits = 2 * num_ranks + 1, 1
+    while base ** (digits + 1) <= 2**63:
+        digits += 1
+    return digits
+
+
+def cost(
+    method: Method,
+    num_elements: float,
+    world_size: int,
+    bundle: int = 4,
+    *,
+    arithmetic: Arithmetic = CPU_CORE,
+    slowdown: float = 1.0,
+) -> Cost:
+    """The cost of averaging a gradient. `slowdown`: this machine's time for a rotation over the reference's.
+
+    Hops: a ring all-gather has W - 1, a ring all-reduce twice as many, a pairwise all-to-all one.
+    """
+    w, n, d = world_size, num_elements, num_elements / bundle
+    ring = 2 * (w - 1) / w
+    if method in ("dense", "half"):
+        size, ns = (4, arithmetic.dense_ns) if method == "dense" else (2, arithmetic.half_ns)
+        return Cost(ring * size * n, 2 * (w - 1), ns * n * 1e-9 * slowdown)
+    received, hops = {
+        "all_gather": (BITS_PER_TRIT / 8 * (w - 1) * d, w - 1),
+        "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
+        "two_shot": (BITS_PER_TRIT / 8 * ring * d, w),
+    }[method]
+    ns = arithmetic.element_ns * n + arithmetic.trit_ns[method] * d
+    if method == "all_gather":
+        ns += arithmetic.gathered_trit_ns * w * d
+    return Cost(received, hops, ns * 1e-9 * slowdown)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Milliseconds of communication per step by method, the wire that is best, and whether it pays."""
+
+    num_elements: int
+    world_size: int
+    bundle: int
+    link: LinkSpeed
+    ms: dict[Method, float]
+    wire: Method
+    """The fastest of the compressed wires."""
+    pays: bool
+    """Whether it beats a dense all-reduce, in 32 and in 16 bits."""
+
+    def __str__(self) -> str:
+        gbit = self.link.bytes_per_s * 8e-9
+        setting = (
+            f"{self.world_size} ranks, {self.num_elements / 1e6:.3g} M parameters, {gbit:.3g} Gbit/s, "
+            f"{self.link.latency_s * 1e3:.2g} ms"
+        )
+        mine, dense, half = (self.ms[method] for method in (self.wire, "dense", "half"))
+        times = (
+            f"{mine:.3g} ms a step by {self.wire} with bundle {self.bundle}, {dense:.3g} dense, {half:.3g} in 16 bits"
+        )
+        if self.pays:
+            return f'use wire="{self.wire}": {times} ({setting})'
+        return f"leave compression off, it does not pay here: {times} ({setting})"
+
+
+def advise(
+    num_parameters: int,
+    world_size: int,
+    *,
+    gbit_per_s: float,
+    latency_ms: float = 0.1,
+    bundle: int = 4,
+    slowdown: float = 1.0,
+) -> Advice:
+    """Which wire suits, and does it pay? From a model of the link; `print` it for one line.
+
+    Args:
+        num_parameters: elements of the gradient.
+        world_size: ranks that exchange; with `ranks_per_node`, nodes.
+        gbit_per_s: what one rank's link carries each way, in Gbit/s.
+        latency_ms: from one rank to the next, in milliseconds.
+        slowdown: this machine's time for a rotation over that of the CPU core that the model was fitted on; a GPU's is
+            far below 1. `python -m vsa_ddp` measures all three in a running group.
+
+    Raises: ValueError for a value that cannot be.
+    """
+    for name, value, low in (
+        ("num_parameters", num_parameters, 1),
+        ("world_size", world_size, 1),
+        ("bundle", bundle, 1),
+    ):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}.")
+    for name, speed in (("gbit_per_s", gbit_per_s), ("slowdown", slowdown)):
+        if not speed > 0:
+            raise ValueError(f"{name} must be greater than 0, got {speed}.")
+    if not latency_ms >= 0:
+        raise ValueError(f"latency_ms must be at least 0, got {latency_ms}.")
+    link = LinkSpeed(gbit_per_s * 1e9 / 8, latency_ms * 1e-3)
+    methods: tuple[Method, ...] = ("dense", "half", *WIRE_METHODS)
+    ms = {
+        method: cost(method, num_parameters, world_size, bundle, slowdown=slowdown).seconds(link) * 1e3
+        for method in methods
+    }
+    wire = min(WIRE_METHODS, key=lambda method: ms[method])
+    return Advice(num_parameters, world_size, bundle, link, ms, wire, ms[wire] < min(ms["dense"], ms["half"]))
