@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa --bundle 4
     torchrun --standalone --nproc-per-node=2 -m launch.train --method dense --json dense.json
+    torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m launch.train --checkpoint runs/saved
 
 gloo on CPU; NCCL with one rank per GPU when there are GPUs. The hook is the one line in `compress`.
 """
@@ -9,6 +10,7 @@ gloo on CPU; NCCL with one rank per GPU when there are GPUs. The hook is the one
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ from tqdm import tqdm
 import vsa_ddp
 from launch import metered
 from launch.charlm import CharTransformer, Corpus, windows
+from launch.checkpoint import Checkpoint, Stateful
 from launch.cli import run_command
 from launch.timing import TimedDDP
 from vsa_ddp.config import WireName
@@ -72,6 +75,27 @@ def check_bundle(bundle: int) -> None:
         raise typer.BadParameter(str(error), param_hint="'--bundle'") from None
 
 
+def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Raises: typer.BadParameter if the run cannot be saved, or the folder has another run."""
+    hint = "'--checkpoint'"
+    if config.method == "powersgd":
+        raise typer.BadParameter("PowerSGD's residuals differ from rank to rank and are not saved.", param_hint=hint)
+    try:
+        checkpoint.check(asdict(config))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+
+
+def take_gpu(local_rank: int) -> None:
+    """Raises: typer.BadParameter if this machine has fewer GPUs than ranks."""
+    if local_rank >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"rank {local_rank} of this machine needs a GPU of its own, and there are {torch.cuda.device_count()}; "
+            "start fewer ranks, or set CUDA_VISIBLE_DEVICES= to train on CPU."
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def learning_rate(config: TrainConfig) -> float:
     """The stated learning rate of a method: a constant, or for ours with AdamW the square-root rule."""
     if config.lr is not None:
@@ -88,13 +112,16 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def compress(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-    """Give the model its communication hook; none for plain DDP."""
+def compress(
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> dict[str, Stateful]:
+    """Give the model its communication hook; none for plain DDP. Returns what a checkpoint keeps of it."""
     if config.method == "vsa":
-        vsa_ddp.register(model, optimizer, bundle=config.bundle, wire=config.wire, seed=config.seed)
-    elif config.method == "powersgd":
+        return {"hook": vsa_ddp.register(model, optimizer, bundle=config.bundle, wire=config.wire, seed=config.seed)}
+    if config.method == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=2)
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return {}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -105,28 +132,58 @@ def schedule(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def train(config: TrainConfig) -> dict[str, Any] | None:
-    """Train as this rank of the default group. Returns the figures of the run on rank 0, None on the others."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+class History:
+    """What this rank measured, step by step."""
+
+    def __init__(self, steps: int) -> None:
+        self.losses = torch.zeros(steps)
+        self.wire_bytes: list[int] = []
+        self.step_ms: list[float] = []
+        self.hook_ms: list[float] = []
+
+    def average_losses(self, device: torch.device) -> None:
+        """Replace the losses by the mean of all ranks: exactly, so doing it again or in between changes nothing."""
+        total = self.losses.to(device, torch.float64)  # where the sum of float32 has no rounding, in whatever order
+        dist.all_reduce(total)
+        self.losses = total.div_(dist.get_world_size()).to("cpu", torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str, Any] | None:
+    """Train as this rank of the default group, from the checkpoint on if it has one.
+
+    Returns the figures of the run on rank 0, None on the others.
+    """
+    rank = dist.get_rank()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     corpus = Corpus()
     torch.manual_seed(config.seed)
     model = CharTransformer(config.width, config.num_layers, config.num_heads, config.length).to(device)
-    num_parameters = sum(p.numel() for p in model.parameters())
     # PowerSGD hangs or aborts on gloo with two buckets or more
     cap = {"bucket_cap_mb": 1024} if config.method == "powersgd" else {}
     ddp_model = TimedDDP(model, device_ids=[device.index] if device.type == "cuda" else None, **cap)
     optimizer = make_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.steps))
-    compress(ddp_model, optimizer, config)
+    history = History(config.steps)
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}
+    parts |= compress(ddp_model, optimizer, config)
 
+    start_step = checkpoint.load(parts) if checkpoint is not None else 0
     order = torch.Generator().manual_seed(config.seed * 1000 + rank)
-    losses = torch.zeros(config.steps)
-    wire_bytes, step_ms, hook_ms = [], [], []
+    for _ in range(start_step):  # draw what was drawn, so the data order is that of a run without a break
+        windows(corpus.train, config.batch, config.length, order)
+    if start_step and rank == 0:
+        print(f"resumed after step {start_step}", file=sys.stderr, flush=True)
     hidden = rank != 0 or "TQDM_DISABLE" in os.environ
-    bar = tqdm(total=config.steps, desc=f"{config.method:>8}", unit="step", disable=hidden, mininterval=0.5)
-    started = metered.wire_bytes()
-    for step in range(config.steps):
+    description = {"desc": f"{config.method:>8}", "unit": "step", "mininterval": 0.5}
+    bar = tqdm(total=config.steps, initial=start_step, disable=hidden, **description)
+    sent_in_all = sum(history.wire_bytes)
+    for step in range(start_step, config.steps):
         x, target = (t.to(device) for t in windows(corpus.train, config.batch, config.length, order))
         sent_before, start = metered.wire_bytes(), time.perf_counter()
         loss = ddp_model(x, target)
@@ -134,33 +191,46 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-        losses[step] = loss.item()
-        step_ms.append((time.perf_counter() - start) * 1e3)
-        hook_ms.append(ddp_model.take_hook_ms())
-        wire_bytes.append(metered.wire_bytes() - sent_before)
-        recent = losses[max(0, step - 19) : step + 1].mean()
-        sent = (metered.wire_bytes() - started) / 2**20
-        bar.set_postfix_str(f"loss {recent:.3f}, sent {sent:.1f} MiB", refresh=False)
+        history.losses[step] = loss.item()
+        history.step_ms.append((time.perf_counter() - start) * 1e3)
+        history.hook_ms.append(ddp_model.take_hook_ms())
+        history.wire_bytes.append(metered.wire_bytes() - sent_before)
+        sent_in_all += history.wire_bytes[-1]
+        recent = history.losses[max(0, step - 19) : step + 1].mean()
+        bar.set_postfix_str(f"loss {recent:.3f}, sent {sent_in_all / 2**20:.1f} MiB", refresh=False)
         bar.update()
+        if checkpoint is not None and (step + 1) % checkpoint.every == 0:
+            history.average_losses(device)
+            if rank == 0:
+                checkpoint.save(step + 1, asdict(config), parts)
     bar.close()
 
-    dist.all_reduce(losses_on := losses.to(device).div_(world_size))
-    heldout = heldout_loss(model, corpus, config, device)
+    history.average_losses(device)
     if rank != 0:
         return None
+    heldout = heldout_loss(model, corpus, config, device)
+    return figures(config, history, heldout, model, corpus)
+
+
+def figures(
+    config: TrainConfig, history: History, heldout: float, model: CharTransformer, corpus: Corpus
+) -> dict[str, Any]:
+    """What is reported of a run, from rank 0's history."""
+    num_parameters = sum(p.numel() for p in model.parameters())
     dense_bytes = num_parameters * 4
-    per_step = sum(wire_bytes) / config.steps
+    per_step = sum(history.wire_bytes) / config.steps
+    tenth = config.steps // 10
     return {
-        "train_loss": losses_on[-max(1, config.steps // 10) :].mean().item(),
+        "train_loss": history.losses[-max(1, tenth) :].mean().item(),
         "heldout_loss": heldout,
         "wire_bytes_per_step": per_step,
         "compression": dense_bytes / per_step,
-        "ms_per_step": float(torch.tensor(step_ms[len(step_ms) // 10 :]).median()),
-        "hook_ms": float(torch.tensor(hook_ms[len(hook_ms) // 10 :]).median()),
+        "ms_per_step": float(torch.tensor(history.step_ms[tenth:]).median()),
+        "hook_ms": float(torch.tensor(history.hook_ms[tenth:]).median()),
         "learning_rate": learning_rate(config),
         "num_parameters": num_parameters,
-        "losses": losses_on.tolist(),
-        "wire_bytes": wire_bytes,
+        "losses": history.losses.tolist(),
+        "wire_bytes": history.wire_bytes,
         "config": asdict(config),
         "corpus": {"num_files": corpus.num_files, "train_bytes": len(corpus.train), "sha256": corpus.sha256},
     }
@@ -187,18 +257,27 @@ def main(
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the model, the data order and the keys.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    checkpoint_folder: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Save into this folder, which all hosts see; go on from what is there."),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:
     """Train under torchrun, and print or write the figures."""
     check_bundle(bundle)
     config = TrainConfig(method=method, steps=steps, bundle=bundle, wire=wire, optimizer=optimizer, lr=lr, seed=seed)
+    checkpoint = None
+    if checkpoint_folder is not None:
+        checkpoint = Checkpoint(folder=checkpoint_folder, every=checkpoint_every)
+        check_checkpoint(checkpoint, config)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("metered", timeout=timedelta(minutes=2))
-    figures = train(config)
-    if figures is not None and json_file is not None:
-        json_file.write_text(json.dumps(figures))
-    elif figures is not None:
-        typer.echo({k: v for k, v in figures.items() if k not in ("losses", "wire_bytes")})
+    outcome = train(config, checkpoint)
+    if outcome is not None and json_file is not None:
+        json_file.write_text(json.dumps(outcome))
+    elif outcome is not None:
+        typer.echo({k: v for k, v in outcome.items() if k not in ("losses", "wire_bytes")})
     dist.barrier()
     # gloo sometimes aborts in the interpreter's own teardown; everything is written by now
     os._exit(0)
