@@ -121,8 +121,8 @@ class Codec:
             x_n = self._whitened(piece, gradients[piece.index])
             if piece.runs:
                 for run in piece.runs:
-                    bound = hypervector.bind(x_n[run.offset : run.offset + run.length], _key(keys, run))
-                    y_D[run.start : run.start + run.length] += bound
+                    y, x = y_D[run.start : run.start + run.length], x_n[run.offset : run.offset + run.length]
+                    hypervector.bundle_bound_(y, x, _key(keys, run))
             else:
                 s = piece.share
                 x_BD = torch.nn.functional.pad(x_n, (0, s.num_dims * self.layout.bundle - s.numel))
@@ -160,10 +160,15 @@ class Codec:
     def _unwhiten_(self, piece: Piece, x_n: Tensor, gradient: Tensor) -> None:
         """Mirror of `_whitened`, written into the gradient's rows."""
         x_RC = x_n.view(-1, piece.share.num_cols)
+        target_RC = gradient.view(piece.share.num_rows, piece.share.num_cols)[piece.rows]
         if self._config.whiten:
             row, col = self._whitening.factors(piece.share, gradient)
-            x_RC.mul_(row[piece.rows]).mul_(col)
-        gradient.view(piece.share.num_rows, piece.share.num_cols)[piece.rows] = x_RC
+            x_RC.mul_(row[piece.rows])
+            if gradient.dtype == torch.float32:  # one pass less
+                torch.mul(x_RC, col, out=target_RC)
+                return
+            x_RC.mul_(col)
+        target_RC.copy_(x_RC)
 
 
 def _keys(keys: Tensor, s: Slice) -> Tensor:

@@ -66,6 +66,11 @@ def bundle(x_BD: Tensor) -> Tensor:
     return x_BD.sum(0)
 
 
+def bundle_bound_(y: Tensor, x: Tensor, keys: Tensor) -> Tensor:
+    """y += bind(x, keys), in place and in one pass: one more slot of a bundle."""
+    return y.addcmul_(x, keys)
+
+
 def unbundle(y_D: Tensor, num_slots: int) -> Tensor:
     """Every slot's noisy view of a bundle: the bundle itself, not copied. Shapes: (D,) -> (B, D)."""
     return y_D.expand(num_slots, -1)

@@ -43,7 +43,7 @@ def pack_trits(trits_D: Tensor) -> Tensor:
 
 
 def unpack_trits(packed: Tensor, num_trits: int) -> Tensor:
-    """Invert `pack_trits`. Shapes: (..., ceil(D / 5)) uint8 -> (..., D) int8.
+    """Invert `pack_trits`. Shapes: (..., ceil(D / 5)) uint8 -> (..., D) float32, which what follows calculates in.
 
     Raises: ValueError if the number of bytes is not that of `num_trits` trits.
     """
@@ -56,14 +56,14 @@ def unpack_trits(packed: Tensor, num_trits: int) -> Tensor:
 
 @cache
 def trits_of_byte(device: torch.device) -> Tensor:
-    """The table that unpacks a byte. Shapes: -> (256, 5) int8. Cached by device."""
+    """The table that unpacks a byte. Shapes: -> (256, 5) float32. Cached by device."""
     byte = torch.arange(256, device=device)[:, None]
-    return (byte // 3 ** torch.arange(TRITS_PER_BYTE, device=device) % 3 - 1).to(torch.int8)
+    return (byte // 3 ** torch.arange(TRITS_PER_BYTE, device=device) % 3 - 1).float()
 
 
 @dataclass(frozen=True)
 class Packet:
-    """What one rank has to say about one bucket. Shapes: (T, K) int8, (T,) and (S,) bfloat16, (E,) any float; or
+    """What one rank has to say about one bucket. Shapes: (T, K) trits, (T,) and (S,) bfloat16, (E,) any float; or
     several packets of one shape, with more dimensions in front.
 
     With a sigma that the ranks share, `levels_T` is (2T,): each row's energy, then what was kept of each.
@@ -123,7 +123,7 @@ def pack_packet(packet: Packet) -> Tensor:
 def unpack_packet(data_P: Tensor, like: Packet) -> Packet:
     """Invert `pack_packet`, for one packet or several. Shapes: (..., P) uint8 -> as in `Packet`.
 
-    `like` is any packet of the same bucket and step: its last dimensions are read, nothing else.
+    The trits are float32. `like` is any packet of the same bucket and step: its last dimensions are read, nothing else.
     """
 
     def take(num_bytes: int) -> Tensor:

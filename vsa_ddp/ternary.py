@@ -68,3 +68,8 @@ def level(energy_T: Tensor, kept_T: Tensor) -> Tensor:
 def dequantize(trits_TK: Tensor, levels_T: Tensor) -> Tensor:
     """trits * levels, float32. Shapes: (T, K), (T,) -> (T, K)."""
     return trits_TK * levels_T.float()[:, None]
+
+
+def add_dequantized_(y_TK: Tensor, trits_TK: Tensor, levels_T: Tensor) -> Tensor:
+    """y += dequantize(trits, levels), in place and in one pass. Shapes: (T, K) float32 twice, (T,) -> (T, K)."""
+    return y_TK.addcmul_(trits_TK, levels_T.float()[:, None])

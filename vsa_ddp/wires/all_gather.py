@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from vsa_ddp.packing import Packet, pack_packet, trits_of_byte, unpack_packet
-from vsa_ddp.ternary import dequantize, quantize, quantize_at
+from vsa_ddp.ternary import add_dequantized_, quantize, quantize_at
 from vsa_ddp.wires.all_reduce import mean_of_trits
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds, summed_dtype
@@ -44,7 +44,10 @@ class AllGather:
         scales_S = torch.zeros_like(message.scales_S)
         for packet_P in packets_WP:
             theirs = unpack_packet(packet_P, like=mine)
-            y_TK += theirs.trits_TK if self.shared_sigma else dequantize(theirs.trits_TK, theirs.levels_T)
+            if self.shared_sigma:
+                y_TK += theirs.trits_TK
+            else:
+                add_dequantized_(y_TK, theirs.trits_TK, theirs.levels_T)
             levels_sum += theirs.levels_T
             exact_E += theirs.exact_E
             scales_S += theirs.scales_S

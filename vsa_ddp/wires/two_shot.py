@@ -8,7 +8,7 @@ import torch
 
 from vsa_ddp.hypervector import bind, rotate, unbind, unpack_keys
 from vsa_ddp.packing import Packet, pack_packet, trits_of_byte, unpack_packet
-from vsa_ddp.ternary import dequantize, quantize
+from vsa_ddp.ternary import add_dequantized_, dequantize, quantize
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds, summed_dtype
 from vsa_ddp.wires.shards import joined, shards
@@ -49,7 +49,7 @@ class TwoShot:
         exact = torch.zeros_like(arrived.exact_E[0], dtype=summed_dtype(message.exact_E))
         scales = torch.zeros_like(arrived.scales_S[0], dtype=torch.float32)
         for rank in range(w):
-            y_tK += dequantize(arrived.trits_TK[rank], arrived.levels_T[rank])
+            add_dequantized_(y_tK, arrived.trits_TK[rank], arrived.levels_T[rank])
             exact += arrived.exact_E[rank]
             scales += arrived.scales_S[rank]
         trits_tK, levels_t = quantize(rotate(bind(y_tK / w, keys_tK)))
