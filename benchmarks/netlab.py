@@ -199,6 +199,11 @@ class Job:
             for process in self._processes:
                 process.wait()
 
+    def finished(self) -> bool:
+        """Whether all hosts are done, or one has failed: then `wait` tells at once."""
+        codes = [process.poll() for process in self._processes]
+        return None not in codes or any(codes)
+
     def stderr(self, host: int) -> str:
         """What the host has written to stderr so far. Until the lab is closed."""
         return (self._folder / f"{host}.err").read_text(errors="replace")

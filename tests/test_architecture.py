@@ -9,6 +9,7 @@ ORDER = [
     "nodes",
     "config",
     "version",
+    "cost",
     "stats",
     "layout",
     "names",
@@ -19,13 +20,15 @@ ORDER = [
     "codec",
     "sigma",
     "wires",
+    "probe",
     "agreement",
     "state",
     "hook",
     "register",
     "__init__",
+    "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "agreement", "state", "hook", "register"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register"}
 
 
 def rooms() -> list[tuple[str, Path]]:

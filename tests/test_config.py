@@ -18,7 +18,11 @@ from vsa_ddp.register import optimizer_family
         ("rotation_block", 1000, r"rotation_block must be a power of two .*, got 1000"),
         ("rotation_block", 64, r"rotation_block must be a power of two in 128\.\.65536"),
         ("scale_decay", 1.0, r"scale_decay must be a float in \[0, 1\), got 1\.0"),
-        ("wire", "carrier pigeon", "wire must be one of all_gather, all_reduce, two_shot, dense, got 'carrier pigeon'"),
+        (
+            "wire",
+            "carrier pigeon",
+            "wire must be one of all_gather, all_reduce, two_shot, auto, dense, got 'carrier pigeon'",
+        ),
         ("gain", "big", "gain must be one of unbiased, shrunk, got 'big'"),
         ("whiten", 1, "whiten must be True or False, got 1"),
         ("seed", -1, r"seed must be in 0\.\.9223372036854775807, got -1"),
@@ -71,3 +75,8 @@ def test_the_family_is_that_of_the_wrapped_optimizer() -> None:
 
 def test_a_state_shows_its_settings() -> None:
     assert "bundle=16" in repr(VsaState(config=VsaConfig(bundle=16)))
+
+
+def test_nodes_need_a_wire_between_them() -> None:
+    with pytest.raises(ValueError, match='wire="dense" has no nodes; leave out ranks_per_node, which is 2'):
+        VsaConfig(wire="dense", ranks_per_node=2)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsa_ddp.cost import digits_per_lane
 from vsa_ddp.packing import (
     Packet,
-    digits_per_lane,
     pack_digits,
     pack_packet,
     pack_trits,

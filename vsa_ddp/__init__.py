@@ -1,6 +1,7 @@
 """Gradient compression for DistributedDataParallel: bundled packed-trit hypervectors instead of dense buckets."""
 
 from vsa_ddp.config import VsaConfig
+from vsa_ddp.cost import Advice, advise
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.register import learning_rate_factor, register
 from vsa_ddp.state import VsaState
@@ -8,10 +9,12 @@ from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 
 __all__ = [
+    "Advice",
     "CompressionStats",
     "VsaConfig",
     "VsaState",
     "__version__",
+    "advise",
     "learning_rate_factor",
     "register",
     "vsa_hook",

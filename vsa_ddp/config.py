@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from vsa_ddp.nodes import RanksPerNode
 
 Gain = Literal["unbiased", "shrunk"]
-WireName = Literal["all_gather", "all_reduce", "two_shot", "dense"]
+WireName = Literal["all_gather", "all_reduce", "two_shot", "auto", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,13 @@ class VsaConfig:
     bundle: int = 4
     """B, how many slots share one hypervector: about 20 * B times fewer bytes than float32."""
     wire: WireName = "all_gather"
-    """How messages travel. "dense" compresses nothing and equals DDP without a hook, bit for bit; only where gradients
-    stay in DDP's buckets (`gradient_as_bucket_view` and `zero_grad(set_to_none=False)`) and the world size is no power
-    of two, DDP itself rounds otherwise by a unit in the last place."""
+    """How messages travel. "auto" takes what `advise` finds fastest for the number of ranks, the size of the model and
+    the link, as stated in `link_gbit` or else measured at the first step, and logs why. "dense" compresses nothing and
+    equals DDP without a hook, bit for bit; only where gradients stay in DDP's buckets (`gradient_as_bucket_view` and
+    `zero_grad(set_to_none=False)`) and the world size is no power of two, DDP itself rounds otherwise by a unit in the
+    last place."""
+    link_gbit: float | None = None
+    """What one rank's link carries each way, in Gbit/s, for `wire="auto"`; None measures it."""
     ranks_per_node: RanksPerNode = 1
     """So many consecutive ranks form a node and average their hypervectors in full precision before the wire; "local"
     takes torchrun's LOCAL_WORLD_SIZE. It pays where a node's own link is much faster than the network."""
@@ -68,6 +72,11 @@ class VsaConfig:
         for name, choices in (("wire", get_args(WireName)), ("gain", get_args(Gain))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.link_gbit is not None:
+            if not isinstance(self.link_gbit, int | float) or not self.link_gbit > 0:
+                raise ValueError(f"link_gbit must be a number greater than 0, got {self.link_gbit!r}.")
+            if self.wire != "auto":
+                raise ValueError(f'link_gbit is for wire="auto", but wire is {self.wire!r}; leave one of them out.')
         nodes = self.ranks_per_node
         if nodes != "local" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
             raise ValueError(f'ranks_per_node must be an int of at least 1 or "local", got {nodes!r}.')

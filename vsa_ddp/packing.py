@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vsa_ddp.cost import digits_per_lane
+
 TRITS_PER_BYTE = 5
 _ALIGN = 8
 
@@ -73,14 +75,6 @@ class Packet:
     levels_T: Tensor
     scales_S: Tensor
     exact_E: Tensor
-
-
-def digits_per_lane(num_ranks: int) -> int:
-    """How many digits in base 2W + 1, each the sum of W trits, an int64 holds: 27 for 2 ranks, 8 for 64."""
-    base, digits = 2 * num_ranks + 1, 1
-    while base ** (digits + 1) <= 2**63:
-        digits += 1
-    return digits
 
 
 def pack_digits(trits_D: Tensor, num_ranks: int) -> Tensor:

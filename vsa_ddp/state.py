@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -16,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
+from vsa_ddp.cost import advise
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
+from vsa_ddp.probe import measure
 from vsa_ddp.sigma import SharedSigma
 from vsa_ddp.stats import ByteCounter, CompressionStats, Totals
 from vsa_ddp.version import __version__
@@ -63,6 +66,7 @@ class VsaState:
         self._counter = ByteCounter()
         self._names = ParameterNames()
         self._courier: Courier | None = None
+        self._chosen: str | None = None  # by wire="auto"
         self._starts_step = True
         self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
         logger.info("%r", self)
@@ -89,7 +93,7 @@ class VsaState:
         group = self.process_group if self.process_group is not None else dist.group.WORLD
         assert group is not None  # DDP cannot exist without one
         if self._courier is None or self._courier.group is not group:
-            self._courier = self._meet(group, buffer.device)
+            self._courier = self._meet(group, buffer)
         ids = tuple(map(id, parameters))
         known = self._codecs.get(bucket.index())
         if known is None or known[0] != ids:
@@ -150,6 +154,7 @@ class VsaState:
         return {
             "version": __version__,
             "step": self.step,
+            "chosen_wire": self._chosen,
             "totals": asdict(self._counter.totals),
             "settings": dict(vars(self.config)),
             "shapes": {name: list(shape) for name, shape in self._names.shapes.items()},
@@ -177,6 +182,7 @@ class VsaState:
                     "setting %s was %r in the loaded state and is %r now", name, saved.get(name), mine.get(name)
                 )
         self.step = state["step"]
+        self._chosen = state["chosen_wire"] if self.config.wire == "auto" else None
         self._counter = ByteCounter(Totals(**state["totals"]))
         self.whitening.load_state_dict(state["scales"])
         self.sigma.load_state_dict(state["sigma"])
@@ -191,14 +197,37 @@ class VsaState:
         self._mesh = saved["mesh"]
         self.load_state_dict(saved["state"])
 
-    def _meet(self, group: dist.ProcessGroup, device: torch.device) -> Courier:
+    def _meet(self, group: dist.ProcessGroup, buffer: Tensor) -> Courier:
         """Compare the ranks, find the nodes, and make what carries messages. Collective, blocks, once."""
+        device = buffer.device
         check_agreement(self._fingerprint(device), group)
         ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
         nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
-        courier = Courier(group, device, WIRES.get(self.config.wire), nodes)
-        logger.info("%d ranks%s, by %r", len(ranks), f" in {len(nodes)} nodes" if nodes else "", courier.wire)
+        num_peers = len(nodes) if nodes else len(ranks)
+        if self.config.wire == "auto" and self._chosen is None:
+            self._chosen = self._choose_wire(group, buffer, num_peers)
+        courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
+        logger.info("%d ranks%s, by %r", len(ranks), f" in {num_peers} nodes" if nodes else "", courier.wire)
         return courier
+
+    def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> str:
+        """What suits the link and the size, the same on all ranks. Collective if the link must be measured."""
+        # without names the first bucket stands for the model: DDP fills it with all parameters, or up to its cap
+        num_elements = sum(math.prod(shape) for shape in self._names.shapes.values()) or buffer.numel()
+        gbit, latency_ms, slowdown = self.config.link_gbit, 0.1, 1.0
+        if gbit is None:
+            link, slowdown = measure(group, buffer.device)
+            gbit, latency_ms = link.bytes_per_s * 8e-9, link.latency_s * 1e3
+        advice = advise(
+            num_elements,
+            num_peers,
+            gbit_per_s=gbit,
+            latency_ms=latency_ms,
+            bundle=self.config.bundle,
+            slowdown=slowdown,
+        )
+        (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
+        return advice.wire
 
     def _make_codec(self, parameters: list[Tensor], buffer: Tensor) -> Codec:
         """The codec of a bucket that was not seen before.
@@ -230,6 +259,7 @@ class VsaState:
         on_cuda = device.type == "cuda"
         return {
             **vars(self.config),
+            "chosen wire": self._chosen,
             "mesh": self._mesh,
             "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE") if self.config.ranks_per_node == "local" else None,
             "version": __version__,

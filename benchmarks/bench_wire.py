@@ -1,0 +1,379 @@
+"""What leaves a host and how long a step takes: every wire, plain DDP, 16-bit hooks and PowerSGD, on real links.
+
+    python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 25 min on 2 cores
+    python -m benchmarks.bench_wire --quick         # 2 hosts, 100 Mbit/s and unshaped, one small model; about 1 min
+    python -m benchmarks.bench_wire --report        # rebuild page, plots and cost model from the stored runs
+
+Hosts are network namespaces on a bridge, links are shaped by the kernel (see `netlab`; needs root and iproute2), and
+bytes are read from each host's interface. All methods take turns in one run, so compare within a run: the machine has
+two cores, four hosts share them. A step is forward and backward of an MLP, 64 rows per host, one thread.
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import typer
+from tqdm import tqdm
+
+from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
+from launch.cli import run_command
+from launch.quickstart import hardware
+from vsa_ddp import cost, hypervector
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "wire_cpu2_202611.json"
+METHODS = [
+    ("compute", 0),
+    ("dense", 0),
+    ("bf16", 0),
+    ("fp16", 0),
+    ("powersgd", 0),
+    ("all_gather", 4),
+    ("all_reduce", 4),
+    ("two_shot", 4),
+    ("all_gather", 16),
+]
+LABELS = {
+    "compute": "no communication",
+    "dense": "plain DDP",
+    "bf16": "bf16 hook",
+    "fp16": "fp16 hook",
+    "powersgd": "PowerSGD 4",
+}
+HOSTS = (2, 4)
+LINKS: tuple[float | None, ...] = (100.0, 1000.0, None)
+"""Mbit/s each way; None is the bridge's own speed."""
+WIDTHS = {930: "fit", 1400: "held out", 2048: "fit", 2500: "held out"}
+"""Hidden units: 2.5, 5.0, 10.0 and 14.5 M parameters."""
+HEADLINE_WIDTH = 2048
+ROUNDS = 5
+
+Record = dict[str, Any]
+
+
+def label(record: Record) -> str:
+    name = record["method"]
+    return LABELS.get(name, f"{name}, B={record['bundle']}")
+
+
+def link_name(mbit: float | None) -> str:
+    if mbit is None:
+        return "unshaped"
+    return f"{mbit / 1000:g} Gbit/s" if mbit >= 1000 else f"{mbit:g} Mbit/s"
+
+
+def run_setting(hosts: int, mbit: float | None, widths: list[int], rounds: int, bar: "tqdm[Any]") -> list[Record]:
+    """All methods on so many hosts with this link. Raises: NetLabError if a host failed."""
+    with NetLab(hosts) as lab, tempfile.TemporaryDirectory() as folder:
+        lab.shape(mbit)
+        out = Path(folder) / "records.json"
+
+        def worker(host: int) -> list[str]:
+            command = [sys.executable, "-m", "benchmarks.wire_worker", "--rank", str(host), "--hosts", str(hosts)]
+            command += ["--master", lab.address(0), "--rounds", str(rounds), "--out", str(out)]
+            command += ["--widths", *map(str, widths), "--methods", *(f"{m}:{b}" for m, b in METHODS)]
+            return command
+
+        job = lab.start_job(worker, cwd=ROOT)
+        note = out.with_suffix(".note")
+        while not job.finished():
+            if note.exists():
+                bar.set_postfix_str(note.read_text())
+            time.sleep(0.5)
+        job.wait(seconds=1)
+        records: list[Record] = json.loads(out.read_text())
+    return [{"hosts": hosts, "mbit": mbit, **record} for record in records]
+
+
+def find(records: list[Record], **wanted: Any) -> list[Record]:
+    return [r for r in records if all(r[name] == value for name, value in wanted.items())]
+
+
+def headline(records: list[Record]) -> int:
+    """Parameters of the model that the tables show: the 10 M one, or the only one."""
+    sizes = sorted({r["num_parameters"] for r in records})
+    return min(sizes, key=lambda n: abs(n - 10_015_754))
+
+
+# The cost model
+
+
+def reference_rotation() -> float:
+    """Seconds that one core takes here for a rotation of 2**20 elements, the least of several."""
+    torch.set_num_threads(1)
+    y_TK = torch.randn(1024, 1024)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        hypervector.rotate(y_TK)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Fit:
+    """The cost model's constants from the records whose size is not held out, by least squares of relative errors.
+
+    Known: parameters, bytes, hops, and by how much four hosts on two cores slow each other (compute alone). Unknown:
+    the arithmetic of each method, what a hop costs, and what share of its rate a link gives.
+    """
+
+    UNKNOWNS = ("dense", "half", "element", "all_gather", "all_reduce", "two_shot", "gathered", "hop", "link")
+
+    def __init__(self, records: list[Record], rotation_s: float) -> None:
+        self._records = records
+        self._sizes = sorted({r["num_parameters"] for r in records})
+        self.held_out = {n for n, use in zip(self._sizes, self._uses(), strict=True) if use == "held out"}
+        self.rotation_s = rotation_s
+        rows, values = [], []
+        for r in self.usable():
+            if r["num_parameters"] not in self.held_out:
+                weight = 1 / r["median_ms"]
+                rows.append(self._features(r) * weight)
+                values.append((r["median_ms"] - self._compute_ms(r)) * weight)
+        self.unknowns = _nonnegative_least_squares(np.array(rows), np.array(values))
+
+    def _uses(self) -> list[str]:
+        return list(WIDTHS.values()) if len(self._sizes) == len(WIDTHS) else ["fit"] * len(self._sizes)
+
+    def usable(self) -> list[Record]:
+        """Those that the model describes: all but compute alone and PowerSGD."""
+        return [r for r in self._records if r["method"] not in ("compute", "powersgd")]
+
+    def predict_ms(self, r: Record) -> float:
+        return self._compute_ms(r) + float(self._features(r) @ self.unknowns)
+
+    def constants(self) -> dict[str, float]:
+        return {name: float(value) for name, value in zip(self.UNKNOWNS, self.unknowns, strict=True)}
+
+    def _compute_ms(self, r: Record) -> float:
+        (alone,) = find(
+            self._records, method="compute", hosts=r["hosts"], mbit=r["mbit"], num_parameters=r["num_parameters"]
+        )
+        ms: float = alone["median_ms"]
+        return ms
+
+    def _slowdown(self, r: Record) -> float:
+        """Of 4 hosts on the 2 cores that 2 hosts have to themselves."""
+        at = [
+            statistics.mean(
+                c["median_ms"]
+                for c in find(self._records, method="compute", hosts=h, num_parameters=r["num_parameters"])
+            )
+            for h in (min(HOSTS), r["hosts"])
+        ]
+        return at[1] / at[0]
+
+    def _features(self, r: Record) -> np.ndarray:
+        """Milliseconds per unit of each unknown: ns per element or trit, us per hop, seconds per ideal second."""
+        n, w = r["num_parameters"], r["hosts"]
+        d = n / r["bundle"] if r["bundle"] else 0
+        method = {"bf16": "half", "fp16": "half"}.get(r["method"], r["method"])
+        priced = cost.cost(method, n, w, r["bundle"] or 1)
+        ms = dict.fromkeys(self.UNKNOWNS, 0.0)
+        local = 1e-6 * self._slowdown(r)
+        if method in ("dense", "half"):
+            ms[method] = n * local
+        else:
+            ms["element"], ms[method] = n * local, d * local
+            ms["gathered"] = w * d * local if method == "all_gather" else 0.0
+        ms["hop"] = priced.hops * 1e-3 * self._slowdown(r)
+        if r["mbit"] is not None:
+            ms["link"] = priced.received_bytes * 8e-3 / r["mbit"]
+        return np.array([ms[name] for name in self.UNKNOWNS])
+
+
+def _nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Least squares without the unknowns that would be negative, the worst left out first."""
+    kept = list(range(a.shape[1]))
+    while True:
+        found = np.linalg.lstsq(a[:, kept], b, rcond=None)[0]
+        if (found >= 0).all():
+            full = np.zeros(a.shape[1])
+            full[kept] = found
+            return full
+        del kept[int(found.argmin())]
+
+
+# The report
+
+
+def report(results: dict[str, Any]) -> str:
+    records, size = results["records"], headline(results["records"])
+    lines = ["# Wires on real links: bytes at the interface, and step times", ""]
+    lines += ["`python -m benchmarks.bench_wire` wrote the runs, `--report` this page.", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines += ["", "Median ms per step (least to most) of turns taken in one run; MiB that one host sent per step."]
+    for hosts in sorted({r["hosts"] for r in records}):
+        lines += ["", f"## {hosts} hosts, {size / 1e6:.1f} M parameters", ""]
+        links = [m for m in LINKS if find(records, hosts=hosts, mbit=m)]
+        lines += ["| method | " + " | ".join(f"{link_name(m)}, ms | times plain DDP" for m in links) + " | MiB sent |"]
+        lines += ["|---|" + "---|---|" * len(links) + "---|"]
+        for method, bundle in METHODS:
+            row, sent = [], "0"
+            for mbit in links:
+                (r,) = find(records, hosts=hosts, mbit=mbit, num_parameters=size, method=method, bundle=bundle)
+                (dense,) = find(records, hosts=hosts, mbit=mbit, num_parameters=size, method="dense")
+                row += [f"{r['median_ms']:.0f} ({min(r['step_ms']):.0f} to {max(r['step_ms']):.0f})"]
+                row += [f"{dense['median_ms'] / r['median_ms']:.2f}"]
+                sent = f"{r['interface_sent'] / 2**20:.3f}"
+            lines.append(f"| {label(r)} | {' | '.join(row)} | {sent} |")
+    lines += ["", "## Counted bytes against the interface's", ""]
+    lines += ["Counted at the collective, received per step; the interface adds headers and acknowledgements.", ""]
+    lines += [
+        "| hosts | link | wire | parameters | counted KiB | interface KiB | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        if r["counted_received"] and r["num_parameters"] == size:
+            difference = 100 * (r["interface_received"] / r["counted_received"] - 1)
+            lines.append(
+                f"| {r['hosts']} | {link_name(r['mbit'])} | {label(r)} | {r['num_parameters'] / 1e6:.1f} M | "
+                f"{r['counted_received'] / 1024:.1f} | {r['interface_received'] / 1024:.1f} | {difference:+.1f} % |"
+            )
+    return "\n".join([*lines, *_cost_model(results), *_advice(results)]) + "\n"
+
+
+def _cost_model(results: dict[str, Any]) -> list[str]:
+    fit = Fit(results["records"], results["environment"]["rotation_s"])
+    lines = ["", "## Cost model", "", "`vsa_ddp/cost.py` has these constants, fitted to the sizes not held out.", ""]
+    units = dict.fromkeys(Fit.UNKNOWNS, "ns") | {"hop": "us", "link": "of the ideal time"}
+    lines += [f"- {name}: {value:.3g} {units[name]}" for name, value in fit.constants().items()]
+    lines += [f"- rotation of 2**20 elements: {fit.rotation_s * 1e3:.2f} ms", ""]
+    lines += ["| parameters | | settings | median error | worst | within 20 % |", "|---|---|---|---|---|---|"]
+    for size in sorted({r["num_parameters"] for r in results["records"]}):
+        errors = sorted(abs(fit.predict_ms(r) / r["median_ms"] - 1) for r in find(fit.usable(), num_parameters=size))
+        inside = sum(error <= 0.2 for error in errors)
+        lines.append(
+            f"| {size / 1e6:.1f} M | {'held out' if size in fit.held_out else 'fitted'} | {len(errors)} | "
+            f"{100 * statistics.median(errors):.0f} % | {100 * errors[-1]:.0f} % | {inside} of {len(errors)} |"
+        )
+    lines += ["", "Held-out settings that are off by more than 20 %:", ""]
+    for r in fit.usable():
+        error = fit.predict_ms(r) / r["median_ms"] - 1
+        if r["num_parameters"] in fit.held_out and abs(error) > 0.2:
+            lines.append(
+                f"- {r['hosts']} hosts, {link_name(r['mbit'])}, {r['num_parameters'] / 1e6:.1f} M, {label(r)}: "
+                f"{r['median_ms']:.0f} ms, predicted {fit.predict_ms(r):.0f} ({100 * error:+.0f} %)"
+            )
+    return lines
+
+
+def _advice(results: dict[str, Any]) -> list[str]:
+    size = headline(results["records"])
+    lines = ["", "## Advice", "", "What `vsa_ddp.advise` says of the settings measured, and whether it was right:", ""]
+    for hosts, mbit in itertools.product(HOSTS, LINKS):
+        at = find(results["records"], hosts=hosts, mbit=mbit, num_parameters=size)
+        if at and mbit is not None:
+            ours = [r["median_ms"] for r in at if r["method"] in cost.WIRE_METHODS and r["bundle"] == 4]
+            others = [r["median_ms"] for r in at if r["method"] in ("dense", "bf16", "fp16")]
+            paid = "paid" if min(ours) < min(others) else "did not pay"
+            lines.append(
+                f"- {hosts} hosts, {link_name(mbit)}: {cost.advise(size, hosts, gbit_per_s=mbit / 1000)}; it {paid}"
+            )
+    return lines
+
+
+def plot_steps(results: dict[str, Any], file: Path) -> None:
+    """Step times by method, one panel for each number of hosts and link."""
+    records, size = results["records"], headline(results["records"])
+    hosts_of, links = sorted({r["hosts"] for r in records}), [m for m in LINKS if find(records, mbit=m)]
+    figure, axes = plt.subplots(
+        len(hosts_of), len(links), figsize=(4.4 * len(links), 3.2 * len(hosts_of)), squeeze=False, layout="constrained"
+    )
+    for (row, hosts), (column, mbit) in itertools.product(enumerate(hosts_of), enumerate(links)):
+        at = find(records, hosts=hosts, mbit=mbit, num_parameters=size)
+        axis = axes[row][column]
+        colours = ["tab:blue" if r["method"] in cost.WIRE_METHODS else "tab:gray" for r in at]
+        bars = axis.barh([label(r) for r in at], [r["median_ms"] for r in at], color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axis.set(title=f"{hosts} hosts, {link_name(mbit)}", xlabel="ms per step")
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def plot_advice(file: Path) -> None:
+    """On paper: how many times faster than the better of a dense and a 16-bit all-reduce, and by which wire."""
+    ranks = [2**k for k in range(3, 11)]
+    gbits = [1, 2.5, 5, 10, 25, 50, 100, 200, 400]
+    marks = {"all_gather": "g", "all_reduce": "r", "two_shot": "2"}
+    speeds = [(1.0, "codec as on one CPU core here"), (0.01, "codec 100 times faster: an assumption for GPUs")]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for axis, (slowdown, title) in zip(axes, speeds, strict=True):
+        gain = np.zeros((len(ranks), len(gbits)))
+        for (i, w), (j, gbit) in itertools.product(enumerate(ranks), enumerate(gbits)):
+            advice = cost.advise(1_000_000_000, w, gbit_per_s=gbit, latency_ms=0.02, slowdown=slowdown)
+            gain[i, j] = min(advice.ms["dense"], advice.ms["half"]) / advice.ms[advice.wire]
+            colour = "black" if advice.pays else "lightgray"
+            axis.text(
+                j, i, f"{gain[i, j]:.1f} {marks[advice.wire]}", ha="center", va="center", fontsize=7, color=colour
+            )
+        shown = axis.imshow(np.log10(gain), cmap="RdYlGn", vmin=-1.5, vmax=1.5, aspect="auto", origin="lower")
+        axis.set_xticks(range(len(gbits)), [f"{g:g}" for g in gbits])
+        axis.set_yticks(range(len(ranks)), ranks)
+        axis.set(xlabel="Gbit/s per rank", ylabel="ranks", title=title)
+    figure.colorbar(shown, ax=axes, label="log10 of times faster than dense or 16 bits")
+    figure.suptitle(
+        "Model, not measured: 1000 M parameters, B=4, 20 us a hop. g all_gather, r all_reduce, 2 two_shot", fontsize=10
+    )
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="2 hosts, 2 links, one small model; printed.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--report", help="No runs: rebuild page and plots from the results.")
+    ] = False,
+) -> int:
+    """Measure bytes and step times of every wire and its rivals on emulated hosts."""
+    file = json_file or (None if quick else RESULTS)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    environment = {**hardware(), "commit": commit.stdout.strip() or "unknown", "rounds": 2 if quick else ROUNDS}
+    results: dict[str, Any] = {"environment": environment, "records": []}
+    if file is not None and file.exists():
+        results = json.loads(file.read_text())
+    if not rebuild:
+        if reason := why_not_shaped():
+            print(f"error: {reason}.", file=sys.stderr)
+            return 1
+        results["environment"].setdefault("rotation_s", reference_rotation())
+        settings = [(2, 100.0), (2, None)] if quick else list(itertools.product(HOSTS, LINKS))
+        widths = [930] if quick else list(WIDTHS)
+        waiting = [s for s in settings if not find(results["records"], hosts=s[0], mbit=s[1])]
+        for hosts, mbit in (bar := tqdm(waiting, unit="setting")):
+            bar.set_description(f"{hosts} hosts, {link_name(mbit)}")
+            try:
+                results["records"] += run_setting(hosts, mbit, widths, environment["rounds"], bar)
+            except NetLabError as error:
+                print(f"error: {hosts} hosts, {link_name(mbit)}: {error}", file=sys.stderr)
+                return 1
+            if file is not None:
+                file.write_text(json.dumps(results, indent=1) + "\n")
+    page = report(results)
+    if file is not None:
+        file.with_suffix(".md").write_text(page)
+        plot_steps(results, file.with_suffix(".png"))
+        plot_advice(file.with_name(f"{file.stem}_advice.png"))
+    typer.echo(page)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

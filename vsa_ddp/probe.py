@@ -1,0 +1,64 @@
+"""How fast is the link of a running group, and this machine's arithmetic? Measured once, the same answer on all ranks.
+
+Shape letters: T rotation blocks of K elements.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from vsa_ddp.cost import CPU_CORE, LinkSpeed
+from vsa_ddp.hypervector import rotate
+from vsa_ddp.stats import ByteCounter
+from vsa_ddp.wires import Link
+
+_FIRST_NUMEL = 2**16
+_LAST_NUMEL = 2**22
+_LONG_ENOUGH_S = 0.2
+"""A transfer that takes so long has outlasted what links and their buffers take in at once."""
+_ROTATED = 2**20
+
+
+def measure(group: dist.ProcessGroup, device: torch.device) -> tuple[LinkSpeed, float]:
+    """The slowest rank's link, and its slowdown against the machine of `cost.CPU_CORE`. Collective, blocks.
+
+    By all-reduces of 256 KiB and up, until one takes a fifth of a second. With one rank there is no link: infinitely
+    fast.
+    """
+    link, w = Link(group, ByteCounter()), group.size()
+    times = torch.zeros(3, dtype=torch.float64)
+    if w > 1:
+        hops = 2 * (w - 1)
+        times[0] = statistics.median(_all_reduce_s(link, 1, device) for _ in range(9)) / hops
+        numel, long_s = _FIRST_NUMEL // 2, 0.0
+        while long_s < _LONG_ENOUGH_S and numel < _LAST_NUMEL:
+            numel *= 2
+            least = min(_all_reduce_s(link, numel, device) for _ in range(3))
+            longest = torch.tensor([least], dtype=torch.float64, device=device)
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)  # all go on, or stop, together
+            long_s = longest.item()
+        num_bytes = 4 * numel * 2 * (w - 1) / w
+        times[1] = max(long_s - hops * times[0].item(), 1e-9) / num_bytes
+    y_TK = torch.zeros(_ROTATED // 1024, 1024, device=device)
+    rotate(y_TK)
+    times[2] = min(_seconds(lambda: rotate(y_TK), device) for _ in range(5)) / CPU_CORE.reference_rotation_s
+    on_device = times.to(device)
+    dist.all_reduce(on_device, dist.ReduceOp.MAX, group=group)
+    latency_s, s_per_byte, slowdown = on_device.tolist()
+    return LinkSpeed(1 / s_per_byte if s_per_byte else float("inf"), latency_s), slowdown
+
+
+def _all_reduce_s(link: Link, numel: int, device: torch.device) -> float:
+    tensor = torch.zeros(numel, device=device)
+    return _seconds(lambda: link.all_reduce_sum_(tensor).wait(), device)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
