@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cli import run_command
-from launch.train import POWERSGD_RANK, Method, OptimizerName, TrainConfig, check_bundle
+from launch.train import POWERSGD_RANK, Method, OptimizerName, TrainConfig, check_setting
 from vsa_ddp import __version__
 
 mpl.use("Agg")
@@ -53,9 +53,9 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "launch.train", "--json", str(file)]
-        for name in ("method", "steps", "bundle", "wire", "optimizer", "lr", "seed"):
+        for name in ("method", "steps", "bundle", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
             if getattr(config, name) is not None:
-                command += [f"--{name}", str(getattr(config, name))]
+                command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent)
         figures: dict[str, Any] = json.loads(file.read_text())
     return figures
@@ -144,7 +144,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for quickstart.json and quickstart.png.")] = Path("runs"),
 ) -> int:
     """Train a character transformer by plain DDP, PowerSGD and vsa_ddp; show loss and bytes side by side."""
-    check_bundle(bundle)
+    check_setting("bundle", bundle)
     ranks = default_ranks() if ranks is None else ranks
     if 0 < torch.cuda.device_count() < ranks:
         raise typer.BadParameter(

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from launch.checkpoint import Checkpoint, Stateful
 from launch.cli import run_command
 from launch.timing import TimedDDP
 from vsa_ddp.config import WireName
+from vsa_ddp.nodes import RanksPerNode
 
 Method = Literal["dense", "powersgd", "vsa"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -55,6 +56,7 @@ class TrainConfig:
     steps: int = 1000
     bundle: int = 4
     wire: WireName = "all_gather"
+    ranks_per_node: RanksPerNode = 1
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
     """None: the method's own, see `learning_rate`."""
@@ -67,12 +69,12 @@ class TrainConfig:
     num_heads: int = 4
 
 
-def check_bundle(bundle: int) -> None:
-    """Raises: typer.BadParameter if `VsaConfig` refuses it."""
+def check_setting(name: str, value: object) -> None:
+    """Raises: typer.BadParameter if `VsaConfig` refuses the value."""
     try:
-        vsa_ddp.VsaConfig(bundle=bundle)
+        vsa_ddp.VsaConfig.from_settings({name: value})
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--bundle'") from None
+        raise typer.BadParameter(str(error), param_hint=f"'--{name.replace('_', '-')}'") from None
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -117,7 +119,8 @@ def compress(
 ) -> dict[str, Stateful]:
     """Give the model its communication hook; none for plain DDP. Returns what a checkpoint keeps of it."""
     if config.method == "vsa":
-        return {"hook": vsa_ddp.register(model, optimizer, bundle=config.bundle, wire=config.wire, seed=config.seed)}
+        settings = {name: getattr(config, name) for name in ("bundle", "wire", "ranks_per_node", "seed")}
+        return {"hook": vsa_ddp.register(model, optimizer, **settings)}
     if config.method == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=2)
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
@@ -253,6 +256,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
     bundle: Annotated[int, typer.Option(help="vsa: slots per hypervector, 1 to 4096.")] = 4,
     wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
+    ranks_per_node: Annotated[
+        str,
+        typer.Option(help='vsa: ranks that average in full precision before the wire; "local": those of a machine.'),
+    ] = "1",
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "adamw",
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the model, the data order and the keys.")] = 0,
@@ -264,8 +271,19 @@ def main(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:
     """Train under torchrun, and print or write the figures."""
-    check_bundle(bundle)
-    config = TrainConfig(method=method, steps=steps, bundle=bundle, wire=wire, optimizer=optimizer, lr=lr, seed=seed)
+    check_setting("bundle", bundle)
+    ranks = int(ranks_per_node) if ranks_per_node.isdecimal() else ranks_per_node
+    check_setting("ranks_per_node", ranks)
+    config = TrainConfig(
+        method=method,
+        steps=steps,
+        bundle=bundle,
+        wire=wire,
+        ranks_per_node=cast(RanksPerNode, ranks),
+        optimizer=optimizer,
+        lr=lr,
+        seed=seed,
+    )
     checkpoint = None
     if checkpoint_folder is not None:
         checkpoint = Checkpoint(folder=checkpoint_folder, every=checkpoint_every)

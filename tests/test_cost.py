@@ -1,6 +1,5 @@
 """The cost model prices what the wires do, and its advice follows from it; `wire="auto"` takes it, on every rank."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from benchmarks import bench_wire
 from tests.models import digest, gradients, loss_of, net
 from tests.ranks import run_ranks
 from tests.test_wires import traffic
@@ -78,7 +76,8 @@ def test_what_cannot_be_is_named(arguments: dict[str, Any], text: str) -> None:
 
 
 def measured(rank: int, world_size: int) -> Any:
-    return probe.measure(dist.group.WORLD, torch.device("cpu"))
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+    return probe.measure_link(group, cpu), probe.measure_slowdown(group, cpu)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -182,17 +181,3 @@ def test_the_command_measures_a_running_group() -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert "2 ranks, 10 M parameters" in done.stdout
-
-
-def test_the_constants_are_those_that_were_fitted() -> None:
-    results = json.loads(bench_wire.RESULTS.read_text())
-    fit = bench_wire.Fit(results["records"], results["environment"]["rotation_s"])
-    found = fit.constants()
-    assert CPU_CORE.dense_ns == pytest.approx(found["dense"], rel=0.01)
-    assert CPU_CORE.half_ns == pytest.approx(found["half"], rel=0.01)
-    assert CPU_CORE.element_ns == pytest.approx(found["element"], rel=0.01)
-    assert CPU_CORE.trit_ns == pytest.approx({wire: found[wire] for wire in WIRES}, rel=0.01)
-    assert CPU_CORE.gathered_trit_ns == pytest.approx(found["gathered"], rel=0.01)
-    assert CPU_CORE.reference_rotation_s == pytest.approx(fit.rotation_s, rel=0.01)
-    page = bench_wire.RESULTS.with_suffix(".md").read_text()
-    assert page == bench_wire.report(results)

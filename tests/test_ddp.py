@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
 
 STEPS = 5
+WIRES: list[dict[str, Any]] = [
+    {},
+    {"wire": "all_reduce"},
+    {"wire": "two_shot"},
+    {"wire": "all_gather", "ranks_per_node": 2},
+    {"wire": "two_shot", "ranks_per_node": 2},
+]
+on_every_wire = pytest.mark.parametrize("settings", WIRES, ids=lambda settings: "-".join(map(str, settings.values())))
 
 
 class Branches(nn.Module):
@@ -65,8 +74,8 @@ def compare(plain: nn.Module, ours: nn.Module) -> None:
             assert 0.6 < a.norm() / b.norm() < 1.6, name
 
 
-def registered(ours: DDP) -> nn.Module:
-    vsa_ddp.register(ours, bundle=1)
+def registered(ours: DDP, settings: dict[str, Any] | None = None) -> nn.Module:
+    vsa_ddp.register(ours, bundle=1, **(settings or {}))
     return ours
 
 
@@ -76,13 +85,14 @@ def side_by_side(
     options: dict[str, object],
     loss: Callable[..., Tensor] = loss_of,
     prepare: Callable[[DDP], nn.Module] = registered,
+    settings: dict[str, Any] | None = None,
 ) -> str:
     """Gradients of plain DDP and of ours for the same parameters and data, compared at every step.
 
-    `prepare` gives ours its hook and returns what is called for the forward pass.
+    `prepare` gives ours its hook and returns what is called for the forward pass; or else `settings` are those of ours.
     """
     plain, ours = (DDP(make(), **options) for _ in range(2))
-    callable_ours = prepare(ours)
+    callable_ours = prepare(ours) if settings is None else registered(ours, settings)
     seen = []
     for step in range(STEPS):
         for model in (plain, callable_ours):
@@ -93,8 +103,8 @@ def side_by_side(
     return digest(seen)
 
 
-def options_case(rank: int, world_size: int, options: dict[str, object]) -> str:
-    return side_by_side(net, rank, options)
+def options_case(rank: int, world_size: int, options: dict[str, object], settings: dict[str, Any]) -> str:
+    return side_by_side(net, rank, options, settings=settings)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -111,28 +121,63 @@ def options_case(rank: int, world_size: int, options: dict[str, object]) -> str:
     ids=lambda options: "-".join(options),
 )
 def test_every_parameter_gets_its_own_gradient(tmp_path: Path, options: dict[str, object], world_size: int) -> None:
-    digests = run_ranks(options_case, world_size, tmp_path, options)
+    digests = run_ranks(options_case, world_size, tmp_path, options, {})
     assert len(set(digests)) == 1
 
 
-def unused_case(rank: int, world_size: int) -> str:
+@on_every_wire
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_every_parameter_gets_its_own_gradient_by_every_wire(
+    tmp_path: Path, option: str, settings: dict[str, Any]
+) -> None:
+    digests = run_ranks(options_case, 2, tmp_path, {"bucket_cap_mb": 0.05, option: True}, settings)
+    assert len(set(digests)) == 1
+
+
+class Norms(nn.Module):
+    """A bucket with nothing to compress beside one of another dtype with nothing exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(64)
+        self.mix = nn.Linear(64, 64, bias=False).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.mix(x.flatten(1).bfloat16()).float())[:, :3]
+
+
+def norms_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
+    return side_by_side(Norms, rank, {}, settings=settings)
+
+
+@on_every_wire
+def test_a_bucket_with_nothing_to_compress(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(norms_case, 2, tmp_path, settings))) == 1
+
+
+def unused_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     def loss(model: nn.Module, step: int, rank: int) -> Tensor:
         x, _ = batch(step, rank)
         return model(x, (step + rank) % 3 > 0).square().mean()
 
-    return side_by_side(Branches, rank, {"find_unused_parameters": True, "bucket_cap_mb": 0.02}, loss)
+    return side_by_side(
+        Branches, rank, {"find_unused_parameters": True, "bucket_cap_mb": 0.02}, loss, settings=settings
+    )
 
 
-def test_parameters_unused_on_some_ranks_or_on_all(tmp_path: Path) -> None:
-    assert len(set(run_ranks(unused_case, 2, tmp_path))) == 1
+@on_every_wire
+def test_parameters_unused_on_some_ranks_or_on_all(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(unused_case, 2, tmp_path, settings))) == 1
 
 
-def mixed_case(rank: int, world_size: int) -> str:
-    return side_by_side(Mixed, rank, {})
+def mixed_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
+    return side_by_side(Mixed, rank, {}, settings=settings)
 
 
-def test_buckets_of_several_dtypes(tmp_path: Path) -> None:
-    assert len(set(run_ranks(mixed_case, 2, tmp_path))) == 1
+@on_every_wire
+def test_buckets_of_several_dtypes(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(mixed_case, 2, tmp_path, settings))) == 1
 
 
 def frozen_case(rank: int, world_size: int) -> str:
@@ -149,27 +194,29 @@ def test_frozen_parameters_have_no_gradient(tmp_path: Path) -> None:
     assert len(set(run_ranks(frozen_case, 2, tmp_path))) == 1
 
 
-def accumulation_case(rank: int, world_size: int) -> str:
+def accumulation_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     def loss(model: nn.Module, step: int, rank: int) -> Tensor:
         with model.no_sync():
             for micro in range(2):
                 loss_of(model, 100 + 10 * step + micro, rank).backward()
         return loss_of(model, step, rank)
 
-    return side_by_side(net, rank, {"bucket_cap_mb": 0.05}, loss)
+    return side_by_side(net, rank, {"bucket_cap_mb": 0.05}, loss, settings=settings)
 
 
-def test_accumulation_under_no_sync_sends_the_sum(tmp_path: Path) -> None:
-    assert len(set(run_ranks(accumulation_case, 2, tmp_path))) == 1
+@on_every_wire
+def test_accumulation_under_no_sync_sends_the_sum(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(accumulation_case, 2, tmp_path, settings))) == 1
 
 
-def subgroup_case(rank: int, world_size: int) -> str:
+def subgroup_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    return side_by_side(net, rank, {"process_group": pairs[rank % 2], "bucket_cap_mb": 0.05})
+    return side_by_side(net, rank, {"process_group": pairs[rank % 2], "bucket_cap_mb": 0.05}, settings=settings)
 
 
-def test_a_subgroup_keeps_to_itself(tmp_path: Path) -> None:
-    digests = run_ranks(subgroup_case, 4, tmp_path)
+@on_every_wire
+def test_a_subgroup_keeps_to_itself(tmp_path: Path, settings: dict[str, Any]) -> None:
+    digests = run_ranks(subgroup_case, 4, tmp_path, settings)
     assert digests[0] == digests[2] != digests[1] == digests[3]
 
 
@@ -186,9 +233,9 @@ def test_parameters_in_another_memory_format(tmp_path: Path) -> None:
     assert len(set(run_ranks(channels_last_case, 2, tmp_path))) == 1
 
 
-def two_models_case(rank: int, world_size: int) -> str:
+def two_models_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     first, second = (DDP(net(seed), bucket_cap_mb=0.05) for seed in (0, 1))
-    states = [vsa_ddp.register(model, bundle=1) for model in (first, second)]
+    states = [vsa_ddp.register(model, bundle=1, **settings) for model in (first, second)]
     plain = [DDP(net(seed), bucket_cap_mb=0.05) for seed in (0, 1)]
     seen = []
     for step in range(STEPS):
@@ -204,8 +251,9 @@ def two_models_case(rank: int, world_size: int) -> str:
     return digest(seen)
 
 
-def test_two_models_with_a_hook_each(tmp_path: Path) -> None:
-    assert len(set(run_ranks(two_models_case, 2, tmp_path))) == 1
+@on_every_wire
+def test_two_models_with_a_hook_each(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(two_models_case, 2, tmp_path, settings))) == 1
 
 
 def unnamed_case(rank: int, world_size: int) -> str:
@@ -238,9 +286,9 @@ def test_pytorchs_half_precision_wrapper_goes_around_the_hook(tmp_path: Path) ->
     assert len(set(run_ranks(half_case, 2, tmp_path))) == 1
 
 
-def uneven_case(rank: int, world_size: int) -> str:
+def uneven_case(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     model = DDP(net(), bucket_cap_mb=0.05)
-    state = vsa_ddp.register(model, bundle=1)
+    state = vsa_ddp.register(model, bundle=1, **settings)
     with model.join():
         for step in range(3 + 2 * rank):
             model.zero_grad()
@@ -249,8 +297,9 @@ def uneven_case(rank: int, world_size: int) -> str:
     return digest(model.parameters())
 
 
-def test_uneven_inputs_under_join(tmp_path: Path) -> None:
-    assert len(set(run_ranks(uneven_case, 2, tmp_path))) == 1
+@on_every_wire
+def test_uneven_inputs_under_join(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert len(set(run_ranks(uneven_case, 2, tmp_path, settings))) == 1
 
 
 def compiled_case(rank: int, world_size: int) -> str:

@@ -239,6 +239,26 @@ def test_nodes_that_cannot_be_are_named_on_every_rank(tmp_path: Path) -> None:
         assert "give either a mesh or ranks_per_node, got both" in twice
 
 
+def different_histories(rank: int, world_size: int) -> tuple[str, str] | None:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    model = DDP(net(), process_group=pairs[rank // 2])
+    vsa_ddp.register(model, wire="two_shot")
+    if rank >= 2:
+        loss_of(model, 0, rank).backward()
+        return None
+    return error_of(lambda: loss_of(model, 0, rank).backward())
+
+
+def test_ranks_that_could_not_make_a_group_together_are_told(tmp_path: Path) -> None:
+    first, second, *others = run_ranks(different_histories, 4, tmp_path, seconds=20)
+    assert others == [None, None]
+    for kind, message in (first, second):
+        assert kind == "ValueError"
+        assert re.search(r"process groups made \(rank 0: \d+, rank 1: \d+\)", message), message
+
+
 def different_local_sizes(rank: int, world_size: int) -> tuple[str, str]:
     if rank:
         os.environ["LOCAL_WORLD_SIZE"] = str(rank)

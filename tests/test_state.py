@@ -190,6 +190,16 @@ def test_a_saved_state_does_not_change_with_the_run() -> None:
     assert saved["sigma"]["weight"].tolist() == [1.0]
 
 
+def test_a_shared_sigma_doubles_at_most_and_falls_at_once() -> None:
+    state = VsaState()
+    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    seen = []
+    for value in (1.0, 8.0, 8.0, 8.0, float("inf"), 0.5, 0.0, 3.0):
+        state.update_scales(layout, torch.zeros(0), torch.full((1,), value))
+        seen.append(state.state_dict()["sigma"]["weight"].item())
+    assert seen == [1.0, 2.0, 4.0, 8.0, 8.0, 0.5, 0.0, 3.0]
+
+
 def test_names_are_those_of_the_model_before_torch_compile() -> None:
     plain, compiled = VsaState(), VsaState()
     model = net()

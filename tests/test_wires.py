@@ -1,6 +1,8 @@
 """A wire gives every rank the bits that one process would compute from all messages."""
 
+import gc
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tests.ranks import run_ranks
 from vsa_ddp.hypervector import rotate, unpack_keys
 from vsa_ddp.stats import ByteCounter, Totals
 from vsa_ddp.ternary import dequantize, level, quantize, quantize_at
-from vsa_ddp.wires import WIRES, AllGather, AllReduce, Courier, Mean, Message, TwoShot, Wire
+from vsa_ddp.wires import WIRES, AllGather, AllReduce, Courier, Mean, Message, Rounds, TwoShot, Wire
 from vsa_ddp.wires.link import CHUNK_BYTES, Link
 from vsa_ddp.wires.shards import joined, shards
 
@@ -116,13 +118,24 @@ def node_mean(messages: list[Message]) -> Message:
 
 
 @pytest.mark.parametrize(
-    "nodes", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2, 3]], [[0, 1, 2], [3, 4, 5]], [[0, 1], [2, 3], [4, 5]]]
+    "nodes",
+    [
+        [[0, 1], [2, 3]],
+        [[0, 2], [1, 3]],
+        [[0, 1], [3, 2]],
+        [[2, 0], [1, 3]],
+        [[0, 1, 2, 3]],
+        [[0, 1, 2], [3, 4, 5]],
+        [[0, 1], [2, 3], [4, 5]],
+    ],
 )
 def test_nodes_are_ranks_with_their_members_mean(tmp_path: Path, nodes: list[list[int]]) -> None:
     world_size = sum(map(len, nodes))
     ranks = run_ranks(exchange, world_size, tmp_path, ALL, torch.float32, nodes, list(range(world_size)))
     for bucket in range(3):
-        messages = [node_mean([message(rank, torch.float32, bucket) for rank in node]) for node in nodes]
+        # summed in the order of the ranks, whatever the order in which they are given
+        members = sorted(sorted(node) for node in nodes)
+        messages = [node_mean([message(rank, torch.float32, bucket) for rank in node]) for node in members]
         for index, wire in enumerate(ALL):
             expected = reference(wire, messages)
             for results in ranks:
@@ -272,3 +285,47 @@ def test_nothing_kept_decodes_to_zero_and_not_finite_stays() -> None:
     levels_T = level(energy_T, torch.tensor([0.0, 0.0, float("nan"), float("nan")]))
     assert levels_T[:2].tolist() == [0.0, 0.0]
     assert not levels_T[2:].isfinite().any()
+
+
+def broken(rank: int, world_size: int) -> tuple[str, str]:
+    """A wire whose second round fails, with another bucket waiting behind it."""
+
+    class Broken(TwoShot):
+        def exchange(self, message: Message, link: Link) -> Rounds:
+            yield next(super().exchange(message, link))
+            raise MemoryError("no memory for the second round")
+
+    courier, counter = Courier(dist.group.WORLD, torch.device("cpu"), Broken()), ByteCounter()
+    futures = [courier.carry(message(rank, torch.float32, bucket), courier.link(counter))[0] for bucket in range(2)]
+    errors = []
+    for future in futures:
+        with pytest.raises(Exception, match="no memory for the second round") as error:
+            future.wait()
+        errors.append(error.type.__name__)
+    with pytest.raises(RuntimeError, match="an earlier exchange of gradients failed: no memory") as error:
+        courier.carry(message(rank, torch.float32), courier.link(counter))
+    return errors[0], str(error.value)
+
+
+def test_after_a_failure_nothing_more_is_sent(tmp_path: Path) -> None:
+    run_ranks(broken, 2, tmp_path)
+
+
+def dropped(rank: int, world_size: int) -> tuple[int, int]:
+    before = threading.active_count()
+    for _ in range(3):
+        courier = Courier(dist.group.WORLD, torch.device("cpu"), TwoShot())
+        future, receive = courier.carry(message(rank, torch.float32), courier.link(ByteCounter()))
+        future.wait()
+        receive()
+        del courier, future, receive
+        gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return before, threading.active_count()
+
+
+def test_a_couriers_thread_ends_with_it(tmp_path: Path) -> None:
+    for before, after in run_ranks(dropped, 2, tmp_path):
+        assert after == before

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vsa_ddp.cost import Advice, advise
-from vsa_ddp.probe import measure
+from vsa_ddp.probe import measure_link, measure_slowdown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="on paper: ranks that exchange")
     parser.add_argument("--gbit", type=float, help="on paper: Gbit/s of a rank's link")
     parser.add_argument("--latency-ms", type=float, default=0.1, help="on paper: from rank to rank (default: 0.1)")
+    parser.add_argument(
+        "--slowdown", type=float, default=1.0, help="on paper: see vsa_ddp.advise (default: 1, a CPU core)"
+    )
     try:
         options = parser.parse_args(arguments)
         if options.ranks is not None and options.gbit is not None:
@@ -40,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 gbit_per_s=options.gbit,
                 latency_ms=options.latency_ms,
                 bundle=options.bundle,
+                slowdown=options.slowdown,
             )
         elif "RANK" in os.environ and options.ranks is None and options.gbit is None:
             advice = _measured(int(options.parameters), options.bundle)
@@ -61,7 +65,7 @@ def _measured(num_parameters: int, bundle: int) -> Advice:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group, world_size = dist.group.WORLD, dist.get_world_size()
     assert group is not None
-    link, slowdown = measure(group, device)
+    link, slowdown = measure_link(group, device), measure_slowdown(group, device)
     dist.destroy_process_group()
     return advise(
         num_parameters,

@@ -2,18 +2,22 @@
 
     time = hops * latency + bytes / bandwidth + arithmetic
 
-without overlap. The arithmetic was fitted to `benchmarks/bench_wire.py`'s step times on one CPU core; another machine
-is as much faster at it as it is at one rotation (`reference_rotation_s`). Plain numbers: no tensors, no processes.
+without overlap, and between nodes only. The arithmetic was fitted to `benchmarks/bench_wire.py`'s step times on one CPU
+core; another machine is as much faster at it as it is at one rotation (`reference_rotation_s`). Plain numbers: no
+tensors, no processes.
 
 Letters: N gradient elements, D trits, W ranks.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 Method = Literal["dense", "half", "all_gather", "all_reduce", "two_shot"]
 WIRE_METHODS: tuple[Method, ...] = ("all_gather", "all_reduce", "two_shot")
 
+BUCKET_BYTES = 25 * 2**20
+"""DDP's own; each bucket pays its hops."""
 BITS_PER_TRIT = 1.6 + 16 / 1024
 """Five trits to a byte, and a bfloat16 level for each block of 1024."""
 
@@ -87,13 +91,13 @@ def cost(
 ) -> Cost:
     """The cost of averaging a gradient. `slowdown`: this machine's time for a rotation over the reference's.
 
-    Hops: a ring all-gather has W - 1, a ring all-reduce twice as many, a pairwise all-to-all one.
+    Hops of each bucket: a ring all-gather has W - 1, a ring all-reduce twice as many, a pairwise all-to-all one.
     """
     w, n, d = world_size, num_elements, num_elements / bundle
-    ring = 2 * (w - 1) / w
+    ring, buckets = 2 * (w - 1) / w, math.ceil(4 * n / BUCKET_BYTES)
     if method in ("dense", "half"):
         size, ns = (4, arithmetic.dense_ns) if method == "dense" else (2, arithmetic.half_ns)
-        return Cost(ring * size * n, 2 * (w - 1), ns * n * 1e-9 * slowdown)
+        return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown)
     received, hops = {
         "all_gather": (BITS_PER_TRIT / 8 * (w - 1) * d, w - 1),
         "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
@@ -102,7 +106,7 @@ def cost(
     ns = arithmetic.element_ns * n + arithmetic.trit_ns[method] * d
     if method == "all_gather":
         ns += arithmetic.gathered_trit_ns * w * d
-    return Cost(received, hops, ns * 1e-9 * slowdown)
+    return Cost(received, buckets * hops, ns * 1e-9 * slowdown)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Advice:
     world_size: int
     bundle: int
     link: LinkSpeed
+    slowdown: float
     ms: dict[Method, float]
     wire: Method
     """The fastest of the compressed wires."""
@@ -123,7 +128,7 @@ class Advice:
         gbit = self.link.bytes_per_s * 8e-9
         setting = (
             f"{self.world_size} ranks, {self.num_elements / 1e6:.3g} M parameters, {gbit:.3g} Gbit/s, "
-            f"{self.link.latency_s * 1e3:.2g} ms"
+            f"{self.link.latency_s * 1e3:.2g} ms, arithmetic {1 / self.slowdown:.2g} x a CPU core's"
         )
         mine, dense, half = (self.ms[method] for method in (self.wire, "dense", "half"))
         times = (
@@ -174,4 +179,4 @@ def advise(
         for method in methods
     }
     wire = min(WIRE_METHODS, key=lambda method: ms[method])
-    return Advice(num_parameters, world_size, bundle, link, ms, wire, ms[wire] < min(ms["dense"], ms["half"]))
+    return Advice(num_parameters, world_size, bundle, link, slowdown, ms, wire, ms[wire] < min(ms["dense"], ms["half"]))

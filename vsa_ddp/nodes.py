@@ -24,7 +24,8 @@ def group_by_node(
 
     Args:
         ranks: the group's members, in its order.
-        ranks_per_node: so many consecutive members form a node; "local" takes `local_world_size`.
+        ranks_per_node: so many consecutive members form a node; "local" takes those that torchrun started on one
+            machine, `local_world_size` consecutive ranks of the whole job.
         local_world_size: torchrun's LOCAL_WORLD_SIZE, if it is set.
         mesh: the members by node, instead of all that.
 
@@ -35,13 +36,22 @@ def group_by_node(
             raise ValueError(f"the mesh must hold the ranks of the DDP model's group {ranks}, got {mesh}.")
         return [[ranks.index(rank) for rank in node] for node in mesh] if len(mesh[0]) > 1 else None
     if ranks_per_node == "local":
-        if local_world_size is None or not local_world_size.isdecimal():
+        if local_world_size is None or not local_world_size.isdecimal() or int(local_world_size) < 1:
             raise ValueError(
                 f'ranks_per_node="local" reads LOCAL_WORLD_SIZE, which torchrun sets, got {local_world_size!r}; give '
                 "the number of ranks in a node instead."
             )
-        ranks_per_node = int(local_world_size)
-    if ranks_per_node < 1 or len(ranks) % ranks_per_node:
+        machines: dict[int, list[int]] = {}
+        for position, rank in enumerate(ranks):
+            machines.setdefault(rank // int(local_world_size), []).append(position)
+        nodes = list(machines.values())
+        if len({len(node) for node in nodes}) > 1:
+            raise ValueError(
+                f'ranks_per_node="local" needs as many ranks of the DDP model\'s group on every machine, got '
+                f"{[len(node) for node in nodes]}."
+            )
+        return nodes if len(nodes[0]) > 1 else None
+    if len(ranks) % ranks_per_node:
         raise ValueError(
             f"ranks_per_node must divide the {len(ranks)} ranks of the DDP model's group, got {ranks_per_node}."
         )

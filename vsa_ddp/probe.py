@@ -22,33 +22,42 @@ _LONG_ENOUGH_S = 0.2
 _ROTATED = 2**20
 
 
-def measure(group: dist.ProcessGroup, device: torch.device) -> tuple[LinkSpeed, float]:
-    """The slowest rank's link, and its slowdown against the machine of `cost.CPU_CORE`. Collective, blocks.
+def measure_link(group: dist.ProcessGroup, device: torch.device) -> LinkSpeed:
+    """The slowest rank's link, as all-reduces see it, their arithmetic included. Collective, blocks.
 
     By all-reduces of 256 KiB and up, until one takes a fifth of a second. With one rank there is no link: infinitely
     fast.
     """
     link, w = Link(group, ByteCounter()), group.size()
-    times = torch.zeros(3, dtype=torch.float64)
-    if w > 1:
-        hops = 2 * (w - 1)
-        times[0] = statistics.median(_all_reduce_s(link, 1, device) for _ in range(9)) / hops
-        numel, long_s = _FIRST_NUMEL // 2, 0.0
-        while long_s < _LONG_ENOUGH_S and numel < _LAST_NUMEL:
-            numel *= 2
-            least = min(_all_reduce_s(link, numel, device) for _ in range(3))
-            longest = torch.tensor([least], dtype=torch.float64, device=device)
-            dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)  # all go on, or stop, together
-            long_s = longest.item()
-        num_bytes = 4 * numel * 2 * (w - 1) / w
-        times[1] = max(long_s - hops * times[0].item(), 1e-9) / num_bytes
+    if w == 1:
+        return LinkSpeed(float("inf"), 0.0)
+    hops = 2 * (w - 1)
+    small_s = statistics.median(_all_reduce_s(link, 1, device) for _ in range(9))
+    numel, long_s = _FIRST_NUMEL // 2, 0.0
+    while long_s < _LONG_ENOUGH_S and numel < _LAST_NUMEL:
+        numel *= 2
+        least = min(_all_reduce_s(link, numel, device) for _ in range(3))
+        (long_s,) = _longest(group, device, least)  # all go on, or stop, together
+    num_bytes = 4 * numel * hops / w
+    latency_s, s_per_byte = _longest(group, device, small_s / hops, max(long_s - small_s, 1e-9) / num_bytes)
+    return LinkSpeed(1 / s_per_byte, latency_s)
+
+
+def measure_slowdown(group: dist.ProcessGroup, device: torch.device) -> float:
+    """The slowest rank's time for a rotation over that of the machine of `cost.CPU_CORE`. Collective, blocks."""
     y_TK = torch.zeros(_ROTATED // 1024, 1024, device=device)
     rotate(y_TK)
-    times[2] = min(_seconds(lambda: rotate(y_TK), device) for _ in range(5)) / CPU_CORE.reference_rotation_s
-    on_device = times.to(device)
-    dist.all_reduce(on_device, dist.ReduceOp.MAX, group=group)
-    latency_s, s_per_byte, slowdown = on_device.tolist()
-    return LinkSpeed(1 / s_per_byte if s_per_byte else float("inf"), latency_s), slowdown
+    least = min(_seconds(lambda: rotate(y_TK), device) for _ in range(5))
+    (slowest,) = _longest(group, device, least / CPU_CORE.reference_rotation_s)
+    return slowest
+
+
+def _longest(group: dist.ProcessGroup, device: torch.device, *values: float) -> list[float]:
+    """The greatest of all ranks' values, each."""
+    greatest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    found: list[float] = greatest.tolist()
+    return found
 
 
 def _all_reduce_s(link: Link, numel: int, device: torch.device) -> float:

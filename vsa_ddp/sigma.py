@@ -25,11 +25,16 @@ class SharedSigma:
         return torch.cat([empty, *(self._stored(s, layout, device) for s in layout.compressed)])
 
     def update(self, layout: BucketLayout, sigma_T: Tensor) -> None:
-        """Take this step's; where it is not finite (an overflow), the last one stays."""
+        """Take this step's; where it is not finite (an overflow), the last one stays.
+
+        It may double at most: after a step that was eight times as loud, a threshold of its size would leave nothing of
+        the next one, while one that is too small does little harm (see `ternary.quantize_at`).
+        """
         for s in layout.compressed:
             first = s.start // layout.rotation_block
             new = sigma_T[first : first + s.num_dims // layout.rotation_block]
             old = self._stored(s, layout, sigma_T.device)
+            new = torch.where(old > 0, torch.minimum(new, 2 * old), new)
             old.copy_(torch.where(new.isfinite(), new, old))
 
     def _stored(self, s: Slice, layout: BucketLayout, device: torch.device) -> Tensor:

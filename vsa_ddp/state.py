@@ -21,12 +21,12 @@ from vsa_ddp.cost import advise
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
-from vsa_ddp.probe import measure
+from vsa_ddp.probe import measure_link, measure_slowdown
 from vsa_ddp.sigma import SharedSigma
 from vsa_ddp.stats import ByteCounter, CompressionStats, Totals
 from vsa_ddp.version import __version__
 from vsa_ddp.whitening import Whitening
-from vsa_ddp.wires import WIRES, Courier, Link, Message
+from vsa_ddp.wires import WIRES, Courier, Link, Message, num_groups_made
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +200,12 @@ class VsaState:
     def _meet(self, group: dist.ProcessGroup, buffer: Tensor) -> Courier:
         """Compare the ranks, find the nodes, and make what carries messages. Collective, blocks, once."""
         device = buffer.device
-        check_agreement(self._fingerprint(device), group)
+        check_agreement(self._fingerprint(group, device), group)
         ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
         nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
         num_peers = len(nodes) if nodes else len(ranks)
+        if nodes and num_peers == 1:
+            logger.warning("all %d ranks are one node: gradients lose precision and no byte is saved", len(ranks))
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
@@ -211,12 +213,12 @@ class VsaState:
         return courier
 
     def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> str:
-        """What suits the link and the size, the same on all ranks. Collective if the link must be measured."""
+        """What suits the link and the size, the same on all ranks. Collective, blocks."""
         # without names the first bucket stands for the model: DDP fills it with all parameters, or up to its cap
         num_elements = sum(math.prod(shape) for shape in self._names.shapes.values()) or buffer.numel()
-        gbit, latency_ms, slowdown = self.config.link_gbit, 0.1, 1.0
+        gbit, latency_ms = self.config.link_gbit, 0.1
         if gbit is None:
-            link, slowdown = measure(group, buffer.device)
+            link = measure_link(group, buffer.device)
             gbit, latency_ms = link.bytes_per_s * 8e-9, link.latency_s * 1e3
         advice = advise(
             num_elements,
@@ -224,7 +226,7 @@ class VsaState:
             gbit_per_s=gbit,
             latency_ms=latency_ms,
             bundle=self.config.bundle,
-            slowdown=slowdown,
+            slowdown=measure_slowdown(group, buffer.device),
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
         return advice.wire
@@ -250,16 +252,21 @@ class VsaState:
         logger.info("bucket of %d elements: %d exact, %d trits", buffer.numel(), layout.num_exact, layout.num_dims)
         return Codec(layout, self.config, self.whitening, buffer.device)
 
-    def _fingerprint(self, device: torch.device) -> dict[str, Any]:
+    def _fingerprint(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, Any]:
         """What must be equal on all ranks before the first bucket is sent."""
         digest = hashlib.sha256(repr(sorted(self._names.shapes.items())).encode())
         scales = [(name + side, t) for name, pair in self.whitening.state_dict().items() for side, t in pair.items()]
         for name, tensor in sorted([*scales, *self.sigma.state_dict().items()], key=lambda item: item[0]):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         on_cuda = device.type == "cuda"
+        wire = WIRES.get(self.config.wire)
+        flat = self.config.ranks_per_node == 1 and self._mesh is None
+        # Ranks of a part of the job make their groups without the others, and name them by how many they made before
+        apart = group is not dist.group.WORLD and not (flat and wire is not None and wire.num_rounds == 1)
         return {
             **vars(self.config),
             "chosen wire": self._chosen,
+            "process groups made": num_groups_made() if apart else None,
             "mesh": self._mesh,
             "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE") if self.config.ranks_per_node == "local" else None,
             "version": __version__,

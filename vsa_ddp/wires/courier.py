@@ -42,14 +42,19 @@ class Courier:
         self._host_waits = device.type != "cuda" or dist.get_backend(group) == "gloo"
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._error: Exception | None = None
 
     def link(self, counter: ByteCounter) -> Link:
         """The link for one bucket."""
         return self._groups.link(counter)
 
     def carry(self, message: Message, link: Link) -> tuple[Future[Any], Callable[[], Mean]]:
-        """Begin the exchange. Returns a future, and what gives the mean once the future is done; never waits."""
+        """Begin the exchange. Returns a future, and what gives the mean once the future is done; never waits.
+
+        Raises: RuntimeError once later rounds have failed: this rank's next collective would meet its peers' last one.
+        """
         assert self.wire is not None
+        self._raise_failure()
         rounds = self.wire.exchange(message, link)
         first = next(rounds)
         if self.wire.num_rounds == 1:
@@ -60,10 +65,12 @@ class Courier:
 
         def later_rounds() -> None:
             try:
+                self._raise_failure()
                 with torch.no_grad(), self._on_side_stream():
                     arrived.append(_all_parts(rounds, first))
                     done.set_result(_tensors(arrived[0]))
             except Exception as error:  # it belongs to who waits for the gradient
+                self._error = self._error or error
                 done.set_exception(error)
 
         if self._host_waits:
@@ -71,6 +78,10 @@ class Courier:
         else:
             later_rounds()
         return done, arrived.pop
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"an earlier exchange of gradients failed: {self._error}; start again.") from self._error
 
     def _queue(self) -> "queue.SimpleQueue[_Job | None]":
         if self._jobs is None:
@@ -89,6 +100,7 @@ class Courier:
 def _work(jobs: "queue.SimpleQueue[_Job | None]") -> None:
     while job := jobs.get():
         job()
+        del job  # or it would keep its courier alive while this waits for the next
 
 
 def _last_part(rounds: Rounds) -> Mean:

@@ -44,7 +44,7 @@ class Hierarchical:
         sigma_t = None if message.sigma_T is None else shards(message.sigma_T, size)[node.rank]
         keys_d = None
         if message.keys_D is not None:
-            keys_d = shards(message.keys_D.view(num_blocks, -1), size)[node.rank].flatten()
+            keys_d = shards(message.keys_D.view(-1, block // 8), size)[node.rank].flatten()
         future, theirs_LF = node.all_to_all(torch.cat([part.to(summed) for part in mine], 1))
         yield future
 

@@ -8,11 +8,12 @@ What a collective of n bytes handed over by each of W ranks puts on this rank's 
 | all-gather  | (W - 1) * n              | ring: each packet passes every rank             |
 | all-to-all  | (W - 1) / W * n          | pairwise                                        |
 
-gloo and NCCL both do it so; `benchmarks/bench_wire.py` compares with the counters of the network interface.
+gloo does it so: `benchmarks/bench_wire.py` compares with the counters of the network interface. NCCL may choose trees.
 
 Shape letters: W ranks, P bytes of a packet.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,13 +115,21 @@ class Link:
         self._count(packets_WP.nbytes, packets_WP.nbytes * (self.world_size - 1) // self.world_size)
         received_WP = torch.empty_like(packets_WP)
         if packets_WP.is_cuda or packets_WP[0].nbytes <= CHUNK_BYTES:
-            works = [dist.all_to_all_single(received_WP, packets_WP, group=self._group, async_op=True)]
-        else:
-            works = [
-                dist.all_to_all(list(received_WP[:, part]), list(packets_WP[:, part]), group=self._group, async_op=True)
-                for part in _chunks(packets_WP[0])
-            ]
-        return _when_all_done(works), received_WP
+            work = dist.all_to_all_single(received_WP, packets_WP, group=self._group, async_op=True)
+            return _when_all_done([work]), received_WP
+        sent = [(part, packets_WP[:, part].contiguous()) for part in _chunks(packets_WP[0])]
+        arrived = [torch.empty_like(rows) for _, rows in sent]
+        works = [
+            dist.all_to_all_single(out, rows, group=self._group, async_op=True)
+            for out, (_, rows) in zip(arrived, sent, strict=True)
+        ]
+
+        def assemble(done: Future[Any]) -> Any:
+            for (part, _), rows in zip(sent, arrived, strict=True):
+                received_WP[:, part] = rows
+            return done.value()
+
+        return _when_all_done(works).then(assemble), received_WP
 
     def _count(self, handed: int, moved: int) -> None:
         if self._is_local:
@@ -177,22 +186,44 @@ def make_groups(whole: dist.ProcessGroup, num_rounds: int, nodes: list[list[int]
     """Make the process groups that a wire of so many rounds needs, with the backend and timeout of `whole`.
 
     Collective over `whole`, blocks. `nodes` are ranks of `whole` by node, all of them equally many; None is flat.
+    Raises: ValueError if NCCL could not make them.
     """
     if num_rounds == 1:
         return Groups(whole)
+    _check_can_split(whole)
     ranks = dist.get_process_group_ranks(whole)
     if nodes is None:
-        return Groups(whole, later=_like(whole, ranks))
-    by_node = [[ranks[member] for member in node] for node in nodes]
-    mine = next(node for node in by_node if dist.get_rank() in node)
-    peers = [node[mine.index(dist.get_rank())] for node in by_node]
-    return Groups(whole, node=_like(whole, mine), node_later=_like(whole, mine), between=_like(whole, peers))
+        return Groups(whole, later=_make(whole, [ranks]))
+    # a group orders its members by rank, so a shard's number is its owner's place among the sorted ranks of the node
+    by_node = [sorted(ranks[member] for member in node) for node in nodes]
+    peers = [list(members) for members in zip(*by_node, strict=True)]
+    return Groups(whole, node=_make(whole, by_node), node_later=_make(whole, by_node), between=_make(whole, peers))
 
 
-def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
-    made: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=True
-    )
+def num_groups_made() -> int:
+    """How many process groups this rank has made: ranks that differ in it cannot make one for themselves alone."""
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def _check_can_split(whole: dist.ProcessGroup) -> None:
+    """Raises: ValueError if making groups of some ranks would need those of all others too."""
+    if whole is not dist.group.WORLD and getattr(dist.group.WORLD, "bound_device_id", None) is not None:
+        raise ValueError(
+            "wires of several rounds, and nodes, need process groups of their own, which NCCL makes by splitting the "
+            "default group when init_process_group had a device_id; leave device_id out, let DDP use the default "
+            'group, or use wire="all_gather" or "all_reduce".'
+        )
+
+
+def _make(whole: dist.ProcessGroup, groups: list[list[int]]) -> dist.ProcessGroup:
+    """Make these groups of `whole`'s ranks. Returns the one that this rank is in."""
+    new_group = functools.partial(dist.new_group, timeout=_timeout(whole), backend=dist.get_backend(whole))
+    mine = next(index for index, ranks in enumerate(groups) if dist.get_rank() in ranks)
+    made: dist.ProcessGroup
+    if whole is dist.group.WORLD:  # every rank makes all of them, in the same order
+        made = [new_group(ranks) for ranks in groups][mine]
+    else:
+        made = new_group(groups[mine], use_local_synchronization=True)
     return made
 
 

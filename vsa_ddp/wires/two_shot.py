@@ -37,7 +37,7 @@ class TwoShot:
             shards(message.scales_S.bfloat16(), w),
             shards(message.exact_E, w),
         )
-        keys_tK = unpack_keys(shards(message.keys_D.view(trits_TK.shape[0], -1), w)[link.rank])
+        keys_tK = unpack_keys(shards(message.keys_D.view(-1, trits_TK.shape[1] // 8), w)[link.rank])
         trits_of_byte(message.y_TK.device)  # cached on this stream: the other's kernels may run before it is filled
         future, packets_WP = link.all_to_all(pack_packet(first))
         yield future

@@ -1,0 +1,109 @@
+"""What a wire costs in loss: the quickstart's model on four ranks by every wire, over seeds.
+
+    python -m benchmarks.bench_wire_loss              # 400 steps, 3 seeds, into benchmarks/results; about 15 min
+    python -m benchmarks.bench_wire_loss --quick      # one seed, 40 steps, only printed
+    python -m benchmarks.bench_wire_loss --report     # rebuild the page from the stored runs
+
+Every run is stored as it ends; a benchmark that was stopped goes on where it was.
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from launch.cli import run_command
+from launch.quickstart import figures_of, hardware, run_method
+from launch.train import TrainConfig
+from vsa_ddp.config import WireName
+
+RESULTS = Path(__file__).parent / "results" / "wire_loss_cpu2_202611.json"
+RANKS = 4
+SEEDS = (0, 1, 2)
+STEPS = 400
+WIRES: tuple[tuple[WireName, int], ...] = (
+    ("all_gather", 1),
+    ("all_reduce", 1),
+    ("two_shot", 1),
+    ("all_gather", 2),
+    ("two_shot", 2),
+)
+"""Wires, and ranks per node."""
+
+Run = dict[str, Any]
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    return run["wire"], run["ranks_per_node"], run["seed"], run["steps"]
+
+
+def excess(run: Run, runs: list[Run]) -> float:
+    """Held-out loss over that of `all_gather` with the same seed, less one."""
+    (reference,) = (r for r in runs if key(r) == ("all_gather", 1, run["seed"], run["steps"]))
+    ratio: float = run["heldout_loss"] / reference["heldout_loss"]
+    return ratio - 1
+
+
+def report(results: dict[str, Any]) -> str:
+    runs = results["runs"]
+    lines = ["# Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", ""]
+    lines += ["`python -m benchmarks.bench_wire_loss` wrote the runs, `--report` this page.", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines += [
+        "",
+        "Held-out loss in nats per character, and against all_gather with the same seed; what a rank hands over.",
+    ]
+    lines += [""]
+    lines += [
+        "| wire | ranks per node | steps | seeds | held-out loss | against all_gather | mean | KiB sent per step |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for wire, ranks in WIRES:
+        at = sorted((r for r in runs if (r["wire"], r["ranks_per_node"]) == (wire, ranks)), key=lambda r: r["seed"])
+        if not at:
+            continue
+        excesses = [excess(run, runs) for run in at]
+        losses = [f"{run['heldout_loss']:.3f}" for run in at]
+        lines.append(
+            f"| {wire} | {ranks} | {at[0]['steps']} | {', '.join(str(r['seed']) for r in at)} | "
+            f"{', '.join(losses)} | "
+            f"{', '.join(f'{100 * e:+.1f} %' for e in excesses)} | {100 * statistics.mean(excesses):+.1f} % | "
+            f"{statistics.mean(r['wire_bytes_per_step'] for r in at) / 1024:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, 40 steps; printed.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
+    rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
+) -> None:
+    """Compare the wires' losses over seeds."""
+    file = json_file or (None if quick else RESULTS)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    environment = {"ranks": RANKS, **hardware(), "commit": commit.stdout.strip() or "unknown"}
+    results: dict[str, Any] = {"environment": environment, "runs": []}
+    if file is not None and file.exists():
+        results = json.loads(file.read_text())
+    done = {key(run) for run in results["runs"]}
+    configs = [
+        TrainConfig(wire=wire, ranks_per_node=ranks, seed=seed, steps=40 if quick else STEPS)
+        for seed, (wire, ranks) in itertools.product(SEEDS[:1] if quick else SEEDS, WIRES)
+    ]
+    for config in tqdm([] if rebuild else [c for c in configs if key(vars(c)) not in done], unit="run"):
+        results["runs"].append({**vars(config), **figures_of(run_method(config, RANKS, show_bar=False))})
+        if file is not None:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    page = report(results)
+    if file is not None:
+        file.with_suffix(".md").write_text(page)
+    typer.echo(page)
+
+
+if __name__ == "__main__":
+    run_command(main)

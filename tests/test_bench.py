@@ -1,0 +1,96 @@
+"""The benchmarks measure what they say, and the pages, the README and the cost model are those of the stored runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_wire, bench_wire_loss
+from benchmarks.netlab import why_not_shaped
+from vsa_ddp.cost import CPU_CORE
+from vsa_ddp.wires import WIRES
+
+ROOT = Path(__file__).parent.parent
+
+
+def stored(bench: Any) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(bench.RESULTS.read_text())
+    return results
+
+
+@pytest.mark.parametrize("bench", [bench_wire, bench_wire_loss])
+def test_a_page_is_that_of_its_runs(bench: Any) -> None:
+    assert bench.RESULTS.with_suffix(".md").read_text() == bench.report(stored(bench))
+
+
+def test_the_readme_has_the_step_times_that_were_measured() -> None:
+    assert bench_wire.summary(stored(bench_wire)) in (ROOT / "README.md").read_text()
+
+
+def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
+    fit = bench_wire.Fit(stored(bench_wire)["records"], stored(bench_wire)["environment"]["rotation_s"])
+    found = fit.constants()
+    assert CPU_CORE.dense_ns == pytest.approx(found["dense"], rel=0.01)
+    assert CPU_CORE.half_ns == pytest.approx(found["half"], rel=0.01)
+    assert CPU_CORE.element_ns == pytest.approx(found["element"], rel=0.01)
+    assert CPU_CORE.trit_ns == pytest.approx({wire: found[wire] for wire in WIRES}, rel=0.01)
+    assert CPU_CORE.gathered_trit_ns == pytest.approx(found["gathered"], rel=0.01)
+    assert CPU_CORE.reference_rotation_s == pytest.approx(fit.rotation_s, rel=0.01)
+
+
+def test_every_wires_loss_is_within_2_percent_of_all_gathers() -> None:
+    runs = stored(bench_wire_loss)["runs"]
+    assert {(r["wire"], r["ranks_per_node"]) for r in runs} == set(bench_wire_loss.WIRES)
+    for wire, ranks in bench_wire_loss.WIRES:
+        excesses = [bench_wire_loss.excess(r, runs) for r in runs if (r["wire"], r["ranks_per_node"]) == (wire, ranks)]
+        assert len(excesses) == len(bench_wire_loss.SEEDS)
+        assert abs(sum(excesses) / len(excesses)) < 0.02, (wire, ranks)
+
+
+def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
+    """Records of a machine on which the cost model holds exactly."""
+    records: list[dict[str, Any]] = []
+    for hosts in bench_wire.HOSTS:
+        for mbit in bench_wire.LINKS:
+            for size in (2_000_000, 10_000_000):
+                for method, bundle in bench_wire.METHODS:
+                    record = {"hosts": hosts, "mbit": mbit, "num_parameters": size, "method": method, "bundle": bundle}
+                    records.append({**record, "median_ms": 10.0 * hosts})
+    fit = bench_wire.Fit(records, 1.0)
+    fit.unknowns[:] = [constants[name] for name in fit.UNKNOWNS]
+    for record in fit.usable():
+        record["median_ms"] = fit.predict_ms(record)
+    return records
+
+
+def test_the_fit_finds_the_constants_of_a_machine_that_has_them() -> None:
+    constants = dict(zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 40.0, 1.05), strict=True))
+    assert bench_wire.Fit(synthetic(constants), 1.0).constants() == pytest.approx(constants, rel=1e-6)
+
+
+def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
+    if reason := why_not_shaped():
+        pytest.skip(reason)
+    file = tmp_path / "wire.json"
+    command = [sys.executable, "-m", "benchmarks.bench_wire", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(file.read_text())["records"]
+    ours = [r for r in records if r["counted_sent"]]
+    assert {r["method"] for r in ours} == set(WIRES)
+    for r in ours:
+        for way in ("sent", "received"):
+            assert r[f"interface_{way}"] == pytest.approx(r[f"counted_{way}"], rel=0.05), r
+    (dense,) = (r for r in records if r["method"] == "dense" and r["mbit"] is None)
+    # two hosts: each sends the whole gradient, half in each phase of the ring
+    assert dense["interface_sent"] == pytest.approx(4 * dense["num_parameters"], rel=0.05)
+
+
+@pytest.mark.parametrize("bench", ["bench_wire", "bench_wire_loss", "bench_quickstart"])
+def test_help_names_quick_json_and_report(bench: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert all(option in shown for option in ("--quick", "--json", "--report"))
