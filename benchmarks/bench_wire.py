@@ -363,7 +363,7 @@ def plot_advice(file: Path) -> None:
         for (i, w), (j, gbit) in itertools.product(enumerate(ranks), enumerate(gbits)):
             advice = cost.advise(1_000_000_000, w, gbit_per_s=gbit, latency_ms=0.02, slowdown=slowdown)
             gain[i, j] = min(advice.ms["dense"], advice.ms["half"]) / advice.ms[advice.wire]
-            colour = "black" if advice.pays else "lightgray"
+            colour = "black" if advice.pays else "dimgray"
             axis.text(
                 j, i, f"{gain[i, j]:.1f} {marks[advice.wire]}", ha="center", va="center", fontsize=7, color=colour
             )

@@ -42,20 +42,20 @@ class Arithmetic:
     element_ns: float
     """Per element, of whitening, binding and bundling, both ways."""
     trit_ns: dict[str, float]
-    """Per trit, by wire, of rotating, quantising and packing, both ways."""
+    """Per trit, by wire, of rotating, quantising and packing, both ways; for `all_gather` all of it is in the next."""
     gathered_trit_ns: float
-    """Per trit of every rank's packet that `all_gather` decodes."""
+    """Per trit of every packet that `all_gather` decodes."""
     reference_rotation_s: float
     """How long one rotation of 2**20 elements took there."""
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=1.0,
-    half_ns=1.0,
-    element_ns=5.0,
-    trit_ns={"all_gather": 10.0, "all_reduce": 15.0, "two_shot": 25.0},
-    gathered_trit_ns=2.0,
-    reference_rotation_s=3e-3,
+    dense_ns=6.14,
+    half_ns=5.42,
+    element_ns=8.66,
+    trit_ns={"all_gather": 0, "all_reduce": 16.9, "two_shot": 28.5},
+    gathered_trit_ns=4.93,
+    reference_rotation_s=0.0027,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 
@@ -128,15 +128,17 @@ class Advice:
         gbit = self.link.bytes_per_s * 8e-9
         setting = (
             f"{self.world_size} ranks, {self.num_elements / 1e6:.3g} M parameters, {gbit:.3g} Gbit/s, "
-            f"{self.link.latency_s * 1e3:.2g} ms, arithmetic {1 / self.slowdown:.2g} x a CPU core's"
+            f"{self.link.latency_s * 1e3:.2g} ms, arithmetic {1 / self.slowdown:.3g} x a CPU core's"
         )
-        mine, dense, half = (self.ms[method] for method in (self.wire, "dense", "half"))
-        times = (
-            f"{mine:.3g} ms a step by {self.wire} with bundle {self.bundle}, {dense:.3g} dense, {half:.3g} in 16 bits"
-        )
+        mine, dense, half = (_rounded(self.ms[method]) for method in (self.wire, "dense", "half"))
+        times = f"{mine} ms a step by {self.wire} with bundle {self.bundle}, {dense} dense, {half} in 16 bits"
         if self.pays:
             return f'use wire="{self.wire}": {times} ({setting})'
         return f"leave compression off, it does not pay here: {times} ({setting})"
+
+
+def _rounded(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def advise(

@@ -44,7 +44,7 @@ def key_bits(counter_BC: Tensor, stream_BC: Tensor, step: int, seed: int) -> Ten
 
 def unpack_keys(bits: Tensor) -> Tensor:
     """+-1 keys from key bits: bit 1 is -1. Shapes: (..., n) uint8 -> (..., 8 * n) float32."""
-    return _signs_of_byte(bits.device).index_select(0, bits.flatten().int()).view(*bits.shape[:-1], -1)
+    return _signs_of_byte(bits.device).index_select(0, bits.flatten().int()).view(*bits.shape[:-1], 8 * bits.shape[-1])
 
 
 @cache

@@ -34,8 +34,8 @@ class SharedSigma:
             first = s.start // layout.rotation_block
             new = sigma_T[first : first + s.num_dims // layout.rotation_block]
             old = self._stored(s, layout, sigma_T.device)
-            new = torch.where(old > 0, torch.minimum(new, 2 * old), new)
-            old.copy_(torch.where(new.isfinite(), new, old))
+            limited = torch.where(old > 0, torch.minimum(new, 2 * old), new)
+            old.copy_(torch.where(new.isfinite(), limited, old))
 
     def _stored(self, s: Slice, layout: BucketLayout, device: torch.device) -> Tensor:
         num_blocks = s.num_dims // layout.rotation_block
