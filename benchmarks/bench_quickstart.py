@@ -8,7 +8,6 @@ Every run is stored as it ends; a benchmark that was stopped goes on where it wa
 """
 
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -19,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from benchmarks.store import Store
 from launch.cli import run_command
-from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, hardware, run_method
+from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, run_method
 from launch.train import OptimizerName, TrainConfig, learning_rate
 from vsa_ddp import learning_rate_factor
 
@@ -122,10 +122,6 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _machine(environment: dict[str, Any]) -> dict[str, Any]:
-    return {name: environment[name] for name in ("ranks", "cpu", "cores", "gpus", "torch")}
-
-
 def _loss(run: Run, name: str) -> str:
     return "diverged" if run[name] is None else f"{run[name]:.3f}"
 
@@ -162,19 +158,9 @@ def main(
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
 ) -> None:
     """Compare the three methods of the quickstart over seeds and learning rates."""
-    file = json_file or (None if quick else RESULTS)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    environment = {"ranks": default_ranks(), **hardware(), "commit": commit.stdout.strip() or "unknown"}
-    results: dict[str, Any] = {"environment": environment, "runs": []}
-    if file is not None and file.exists():
-        results = json.loads(file.read_text())
-        if not rebuild and _machine(results["environment"]) != _machine(environment):
-            raise typer.BadParameter(
-                f"{file} was measured on {_machine(results['environment'])}, and this is {_machine(environment)}; "
-                "name another file.",
-                param_hint="'--json'",
-            )
-    done = {key(run) for run in results["runs"]}
+    ranks = default_ranks()
+    store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild, ranks=ranks)
+    done = {key(run) for run in store.list}
     if quick:
         configs = [TrainConfig(method=m, steps=60, lr=learning_rate(TrainConfig(method=m))) for m in METHODS]
     else:
@@ -182,17 +168,12 @@ def main(
     waiting = [] if rebuild else [config for config in configs if key(vars(config)) not in done]
     for config in tqdm(waiting, unit="run"):
         try:
-            figures = run_method(config, environment["ranks"], show_bar=False)
+            figures = run_method(config, ranks, show_bar=False)
         except subprocess.CalledProcessError as error:
             tqdm.write(f"{config} failed with exit code {error.returncode}; start again to retry.")
             continue
-        results["runs"].append({**vars(config), **figures_of(figures)})
-        if file is not None:
-            file.write_text(json.dumps(results, indent=1) + "\n")
-    page = report(results)
-    if file is not None:
-        file.with_suffix(".md").write_text(page)
-    typer.echo(page)
+        store.add({**vars(config), **figures_of(figures)})
+    store.write_page(report)
 
 
 if __name__ == "__main__":

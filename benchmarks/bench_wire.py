@@ -12,7 +12,6 @@ two cores, four hosts share them. A step is forward and backward of an MLP, 64 r
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +25,8 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
+from benchmarks.store import Store
 from launch.cli import run_command
-from launch.quickstart import hardware
 from vsa_ddp import cost, hypervector
 
 mpl.use("Agg")
@@ -387,35 +386,27 @@ def main(
     ] = False,
 ) -> int:
     """Measure bytes and step times of every wire and its rivals on emulated hosts."""
-    file = json_file or (None if quick else RESULTS)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    environment = {**hardware(), "commit": commit.stdout.strip() or "unknown", "rounds": 2 if quick else ROUNDS}
-    results: dict[str, Any] = {"environment": environment, "records": []}
-    if file is not None and file.exists():
-        results = json.loads(file.read_text())
+    rounds = 2 if quick else ROUNDS
+    store = Store(json_file or (None if quick else RESULTS), "records", rebuild=rebuild, rounds=rounds)
     if not rebuild:
         if reason := why_not_shaped():
             print(f"error: {reason}.", file=sys.stderr)
             return 1
-        results["environment"].setdefault("rotation_s", reference_rotation())
+        store.results["environment"].setdefault("rotation_s", reference_rotation())
         settings = [(2, 100.0), (2, None)] if quick else list(itertools.product(HOSTS, LINKS))
         widths = [930] if quick else list(WIDTHS)
-        waiting = [s for s in settings if not find(results["records"], hosts=s[0], mbit=s[1])]
+        waiting = [s for s in settings if not find(store.list, hosts=s[0], mbit=s[1])]
         for hosts, mbit in (bar := tqdm(waiting, unit="setting")):
             bar.set_description(f"{hosts} hosts, {link_name(mbit)}")
             try:
-                results["records"] += run_setting(hosts, mbit, widths, environment["rounds"], bar)
+                store.add(*run_setting(hosts, mbit, widths, rounds, bar))
             except NetLabError as error:
                 print(f"error: {hosts} hosts, {link_name(mbit)}: {error}", file=sys.stderr)
                 return 1
-            if file is not None:
-                file.write_text(json.dumps(results, indent=1) + "\n")
-    page = report(results)
-    if file is not None:
-        file.with_suffix(".md").write_text(page)
-        plot_steps(results, file.with_suffix(".png"))
-        plot_advice(file.with_name(f"{file.stem}_advice.png"))
-    typer.echo(page)
+    store.write_page(report)
+    if store.file is not None:
+        plot_steps(store.results, store.file.with_suffix(".png"))
+        plot_advice(store.file.with_name(f"{store.file.stem}_advice.png"))
     return 0
 
 

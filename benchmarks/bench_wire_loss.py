@@ -8,17 +8,16 @@ Every run is stored as it ends; a benchmark that was stopped goes on where it wa
 """
 
 import itertools
-import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
+from benchmarks.store import Store
 from launch.cli import run_command
-from launch.quickstart import figures_of, hardware, run_method
+from launch.quickstart import figures_of, run_method
 from launch.train import TrainConfig
 from vsa_ddp.config import WireName
 
@@ -84,25 +83,15 @@ def main(
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
 ) -> None:
     """Compare the wires' losses over seeds."""
-    file = json_file or (None if quick else RESULTS)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    environment = {"ranks": RANKS, **hardware(), "commit": commit.stdout.strip() or "unknown"}
-    results: dict[str, Any] = {"environment": environment, "runs": []}
-    if file is not None and file.exists():
-        results = json.loads(file.read_text())
-    done = {key(run) for run in results["runs"]}
+    store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild, ranks=RANKS)
+    done = {key(run) for run in store.list}
     configs = [
         TrainConfig(wire=wire, ranks_per_node=ranks, seed=seed, steps=40 if quick else STEPS)
         for seed, (wire, ranks) in itertools.product(SEEDS[:1] if quick else SEEDS, WIRES)
     ]
     for config in tqdm([] if rebuild else [c for c in configs if key(vars(c)) not in done], unit="run"):
-        results["runs"].append({**vars(config), **figures_of(run_method(config, RANKS, show_bar=False))})
-        if file is not None:
-            file.write_text(json.dumps(results, indent=1) + "\n")
-    page = report(results)
-    if file is not None:
-        file.with_suffix(".md").write_text(page)
-    typer.echo(page)
+        store.add({**vars(config), **figures_of(run_method(config, RANKS, show_bar=False))})
+    store.write_page(report)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from benchmarks import bench_wire, bench_wire_loss
 from benchmarks.netlab import why_not_shaped
+from benchmarks.store import Store
 from vsa_ddp.cost import CPU_CORE
 from vsa_ddp.wires import WIRES
 
@@ -71,12 +73,13 @@ def test_the_fit_finds_the_constants_of_a_machine_that_has_them() -> None:
     assert bench_wire.Fit(synthetic(constants), 1.0).constants() == pytest.approx(constants, rel=1e-6)
 
 
+@pytest.mark.timeout(400)
 def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
     if reason := why_not_shaped():
         pytest.skip(reason)
     file = tmp_path / "wire.json"
     command = [sys.executable, "-m", "benchmarks.bench_wire", "--quick", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     records = json.loads(file.read_text())["records"]
     ours = [r for r in records if r["counted_sent"]]
@@ -94,3 +97,13 @@ def test_help_names_quick_json_and_report(bench: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
     assert all(option in shown for option in ("--quick", "--json", "--report"))
+
+
+def test_a_results_file_goes_on_only_where_it_was_begun(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    store = Store(file, "runs", rebuild=False, ranks=2)
+    store.add({"loss": 1.0}, {"loss": 2.0})
+    assert Store(file, "runs", rebuild=False, ranks=2).list == [{"loss": 1.0}, {"loss": 2.0}]
+    with pytest.raises(typer.BadParameter, match="ranks is 2 there and 3 here; name another file"):
+        Store(file, "runs", rebuild=False, ranks=3)
+    assert Store(file, "runs", rebuild=True, ranks=3).results["environment"]["ranks"] == 2

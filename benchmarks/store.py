@@ -1,0 +1,66 @@
+"""A benchmark's results file: what is measured is stored as it ends, and a benchmark that was stopped goes on."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from launch.quickstart import hardware
+
+# What may differ between the parts of one file
+_MAY_CHANGE = {"commit", "python", "vsa_ddp", "rotation_s"}
+
+Results = dict[str, Any]
+
+
+class Store:
+    """The results of one benchmark: `environment` of the machine, and a list of what was measured.
+
+    Args:
+        file: where they are kept, beside a page of the same name; None for results that are only printed.
+        kind: name of the list.
+        settings: what must be the same for all of the list, besides the machine.
+        rebuild: whether nothing will be measured, so that the file may be another machine's.
+
+    Raises: typer.BadParameter if the file was measured on another machine, with another torch or other settings.
+    """
+
+    def __init__(self, file: Path | None, kind: str, *, rebuild: bool, **settings: Any) -> None:
+        self.file = file
+        self._kind = kind
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        here = {**settings, **hardware(), "commit": commit.stdout.strip() or "unknown"}
+        self.results: Results = {"environment": here, kind: []}
+        if file is None or not file.exists():
+            return
+        self.results = json.loads(file.read_text())
+        if rebuild:
+            return
+        there = self.results["environment"]
+        if differ := [name for name in here if name not in _MAY_CHANGE and there.get(name) != here[name]]:
+            values = ", ".join(f"{name} is {there.get(name)!r} there and {here[name]!r} here" for name in differ)
+            raise typer.BadParameter(f"{file} cannot go on: {values}; name another file.", param_hint="'--json'")
+        if here["commit"] not in there["commit"].split(", "):
+            there["commit"] += f", {here['commit']}"
+
+    @property
+    def list(self) -> list[dict[str, Any]]:
+        """What was measured so far."""
+        measured: list[dict[str, Any]] = self.results[self._kind]
+        return measured
+
+    def add(self, *measured: dict[str, Any]) -> None:
+        """Keep what was measured, at once."""
+        self.list.extend(measured)
+        if self.file is not None:
+            self.file.write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def write_page(self, report: Callable[[Results], str]) -> None:
+        """Print the page, and keep it beside the file."""
+        page = report(self.results)
+        if self.file is not None:
+            self.file.with_suffix(".md").write_text(page)
+        typer.echo(page)
