@@ -1,6 +1,7 @@
 """The hook under DDP: the same bits on every rank, the exact paths exact, PyTorch's conventions kept."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,33 @@ def test_the_result_is_the_buckets_own_buffer(tmp_path: Path) -> None:
     seen = run_ranks(what_the_hook_returns, 2, tmp_path)[0]
     assert len(seen) > 4  # one bucket in the first step, several later
     assert all(seen)
+
+
+def returns_at_once(rank: int, world_size: int, folder: Path, settings: dict[str, Any]) -> bool:
+    """The other rank begins its second backward when this rank's hook has returned from its own: waiting would hang."""
+    returned = folder / "returned"
+    done_by_then = []
+
+    def spy(state: VsaState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        future = vsa_hook(state, bucket)
+        if rank == 0 and state.step == 2:
+            done_by_then.append(future.done())
+            returned.touch()
+        return future
+
+    model = DDP(net())
+    model.register_comm_hook(VsaState(config=VsaConfig(**settings)), spy)
+    loss_of(model, 0, rank).backward()
+    loss = loss_of(model, 1, rank)
+    while rank == 1 and not returned.exists():
+        time.sleep(0.01)
+    loss.backward()
+    return not any(done_by_then)
+
+
+@pytest.mark.parametrize("settings", [*({"wire": wire} for wire in WIRES), {"ranks_per_node": 2}])
+def test_the_hook_does_not_wait_for_anyone(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert run_ranks(returns_at_once, 2, tmp_path, tmp_path, settings, seconds=20) == [True, True]
 
 
 def second_hook(rank: int, world_size: int) -> str:
