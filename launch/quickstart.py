@@ -69,6 +69,7 @@ def hardware() -> dict[str, Any]:
             (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
             platform.processor(),
         ),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpus": gpus,
         "python": platform.python_version(),
