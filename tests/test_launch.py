@@ -211,7 +211,7 @@ def test_the_kubernetes_launch_is_one_that_torchrun_and_the_script_take() -> Non
 def test_every_option_in_the_launches_exists() -> None:
     known = {option for parameter in train_command().params for option in parameter.opts}
     known |= set(get_args_parser()._option_string_actions)
-    known |= {"--ranks"}
+    known |= {"--ranks", "--parameters"}
     known |= {"--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"}
     known |= {"--job-name", "--output", "--partition", "--account", "--kill-on-bad-exit"}
     for file in LAUNCH.iterdir():

@@ -290,13 +290,17 @@ def test_nothing_kept_decodes_to_zero_and_not_finite_stays() -> None:
 def broken(rank: int, world_size: int) -> tuple[str, str]:
     """A wire whose second round fails, with another bucket waiting behind it."""
 
+    both_sent = threading.Event()
+
     class Broken(TwoShot):
         def exchange(self, message: Message, link: Link) -> Rounds:
             yield next(super().exchange(message, link))
+            both_sent.wait()
             raise MemoryError("no memory for the second round")
 
     courier, counter = Courier(dist.group.WORLD, torch.device("cpu"), Broken()), ByteCounter()
     futures = [courier.carry(message(rank, torch.float32, bucket), courier.link(counter))[0] for bucket in range(2)]
+    both_sent.set()
     errors = []
     for future in futures:
         with pytest.raises(Exception, match="no memory for the second round") as error:
