@@ -1,6 +1,6 @@
 """Run what the README shows: each line of its bash blocks, and its Python blocks as scripts on two ranks.
 
-python -m tests.run_readme --skip "bash tests/run.sh"
+python -m tests.run_readme --skip "bash tests/run.sh" "bash launch/quickstart.sh"
 """
 
 import os
