@@ -1,6 +1,6 @@
 """What leaves a host and how long a step takes: every wire, plain DDP, 16-bit hooks and PowerSGD, on real links.
 
-    python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 25 min on 2 cores
+    python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 35 min on 2 cores
     python -m benchmarks.bench_wire --quick         # 2 hosts, 100 Mbit/s and unshaped, one small model; about 1 min
     python -m benchmarks.bench_wire --report        # rebuild page, plots and cost model from the stored runs
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
 from benchmarks.store import Store
 from launch.cli import run_command
-from vsa_ddp import cost, hypervector
+from vsa_ddp import cost, probe
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -57,7 +57,7 @@ LINKS: tuple[float | None, ...] = (100.0, 1000.0, None)
 """Mbit/s each way; None is the bridge's own speed."""
 WIDTHS = {930: "fit", 1400: "held out", 2048: "fit", 2500: "held out"}
 """Hidden units: 2.5, 5.0, 10.0 and 14.5 M parameters."""
-HEADLINE_WIDTH = 2048
+HEADLINE_PARAMETERS = 10_000_000
 ROUNDS = 5
 
 Record = dict[str, Any]
@@ -102,24 +102,17 @@ def find(records: list[Record], **wanted: Any) -> list[Record]:
 
 
 def headline(records: list[Record]) -> int:
-    """Parameters of the model that the tables show: the 10 M one, or the only one."""
+    """Parameters of the model that the tables show: the one nearest to 10 M."""
     sizes = sorted({r["num_parameters"] for r in records})
-    return min(sizes, key=lambda n: abs(n - 10_015_754))
+    return min(sizes, key=lambda n: abs(n - HEADLINE_PARAMETERS))
 
 
 # The cost model
 
 
-def reference_rotation() -> float:
-    """Seconds that one core takes here for a rotation of 2**20 elements, the least of several."""
-    torch.set_num_threads(1)
-    y_TK = torch.randn(1024, 1024)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        hypervector.rotate(y_TK)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def priced_as(record: Record) -> str:
+    """The cost model's name of a method."""
+    return {"bf16": "half", "fp16": "half"}.get(record["method"], record["method"])
 
 
 class Fit:
@@ -156,7 +149,6 @@ class Fit:
 
     def advised_error(self, r: Record) -> float | None:
         """Relative error of compute plus what `advise` says; None for what it does not price, or is not told."""
-        method = {"bf16": "half", "fp16": "half"}.get(r["method"], r["method"])
         if r["mbit"] is None:
             return None
         advice = cost.advise(
@@ -166,7 +158,7 @@ class Fit:
             bundle=r["bundle"] or 1,
             slowdown=self._slowdown(r),
         )
-        return abs((self._compute_ms(r) + advice.ms[method]) / r["median_ms"] - 1)
+        return abs((self._compute_ms(r) + advice.ms[priced_as(r)]) / r["median_ms"] - 1)
 
     def constants(self) -> dict[str, float]:
         return {name: float(value) for name, value in zip(self.UNKNOWNS, self.unknowns, strict=True)}
@@ -193,7 +185,7 @@ class Fit:
         """Milliseconds per unit of each unknown: ns per element or trit, us per hop, seconds per ideal second."""
         n, w = r["num_parameters"], r["hosts"]
         d = n / r["bundle"] if r["bundle"] else 0
-        method = {"bf16": "half", "fp16": "half"}.get(r["method"], r["method"])
+        method = priced_as(r)
         priced = cost.cost(method, n, w, r["bundle"] or 1)
         ms = dict.fromkeys(self.UNKNOWNS, 0.0)
         local = 1e-6 * self._slowdown(r)
@@ -286,10 +278,10 @@ def _cost_model(results: dict[str, Any]) -> list[str]:
     lines += [f"- {name}: {value:.3g} {units[name]}" for name, value in fit.constants().items()]
     lines += [f"- rotation of 2**20 elements: {fit.rotation_s * 1e3:.2f} ms", ""]
     lines += [
-        "Errors of the predicted step time, compute alone being known. The last column is that of `vsa_ddp.advise`",
+        "Errors of the predicted step time, compute alone being known. The last column is that of `vsa_ddp.advise` "
+        "for shaped links, told the nominal rate and 0.1 ms.",
         "",
     ]
-    lines[-2:] = [f"{lines[-2]} for shaped links, told the nominal rate and 0.1 ms.", ""]
     lines += [
         "| parameters | | settings | median | worst | within 20 % | median of advise |",
         "|---|---|---|---|---|---|---|",
@@ -392,7 +384,8 @@ def main(
         if reason := why_not_shaped():
             print(f"error: {reason}.", file=sys.stderr)
             return 1
-        store.results["environment"].setdefault("rotation_s", reference_rotation())
+        torch.set_num_threads(1)
+        store.results["environment"].setdefault("rotation_s", probe.rotation_s(torch.device("cpu")))
         settings = [(2, 100.0), (2, None)] if quick else list(itertools.product(HOSTS, LINKS))
         widths = [930] if quick else list(WIDTHS)
         waiting = [s for s in settings if not find(store.list, hosts=s[0], mbit=s[1])]

@@ -59,7 +59,7 @@ def half_hook(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 def contender(method: str, bundle: int, width: int) -> Contender:
     # torch's PowerSGD hangs on gloo with two buckets or more
-    cap = {"bucket_cap_mb": 4096} if method == "powersgd" else {"bucket_cap_mb": float(os.environ.get("CAP", "25"))}
+    cap = {"bucket_cap_mb": 4096} if method == "powersgd" else {}
     model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, **cap)
     state = None
     if method == "powersgd":

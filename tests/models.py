@@ -44,6 +44,16 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+def step_digests(model: nn.Module, rank: int, num_steps: int) -> list[str]:
+    """Of the gradients of each of the first steps, without an optimizer."""
+    digests = []
+    for step in range(num_steps):
+        model.zero_grad()
+        loss_of(model, step, rank).backward()
+        digests.append(digest(gradients(model).values()))
+    return digests
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """Of the bits of all tensors."""
     sha = hashlib.sha256()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from tests.models import digest, gradients, loss_of, net
+from tests.models import loss_of, net, step_digests
 from tests.ranks import run_ranks
 from tests.test_wires import traffic
 from vsa_ddp import probe
@@ -102,11 +102,7 @@ def auto_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list
     logger.addHandler(handler)
     model = DDP(net(), bucket_cap_mb=0.05)
     state = vsa_ddp.register(model, **settings)
-    digests = []
-    for step in range(3):
-        model.zero_grad()
-        loss_of(model, step, rank).backward()
-        digests.append(digest(gradients(model).values()))
+    digests = step_digests(model, rank, 3)
     return digests, state.state_dict(), [text for text in records if text.startswith("wire=")]
 
 

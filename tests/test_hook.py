@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from tests.models import digest, gradients, loss_of, net
+from tests.models import digest, gradients, loss_of, net, step_digests
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
 from vsa_ddp.wires import WIRES
@@ -99,12 +99,7 @@ def by_nodes(rank: int, world_size: int, settings: dict[str, Any], as_mesh: bool
     model = DDP(net(), bucket_cap_mb=0.05)
     mesh = init_device_mesh("cpu", (2, 2)) if as_mesh else None
     vsa_ddp.register(model, mesh=mesh, **settings)
-    digests = []
-    for step in range(4):
-        model.zero_grad()
-        loss_of(model, step, rank).backward()
-        digests.append(digest(gradients(model).values()))
-    return digests
+    return step_digests(model, rank, 4)
 
 
 @pytest.mark.parametrize("wire", sorted(WIRES))
@@ -219,12 +214,7 @@ def under_autocast(rank: int, world_size: int, wire: str, autocast: bool) -> lis
     model = DDP(net(), bucket_cap_mb=0.05)
     state = VsaState(config=VsaConfig(wire=wire))  # type: ignore[arg-type]
     model.register_comm_hook(state, autocast_hook if autocast else vsa_hook)
-    digests = []
-    for step in range(4):
-        model.zero_grad()
-        loss_of(model, step, rank).backward()
-        digests.append(digest(gradients(model).values()))
-    return digests
+    return step_digests(model, rank, 4)
 
 
 @pytest.mark.parametrize("wire", sorted(WIRES))

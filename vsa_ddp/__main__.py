@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vsa_ddp.cost import Advice, advise
-from vsa_ddp.probe import measure_link, measure_slowdown
+from vsa_ddp.probe import advise_group
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,16 +65,9 @@ def _measured(num_parameters: int, bundle: int) -> Advice:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group, world_size = dist.group.WORLD, dist.get_world_size()
     assert group is not None
-    link, slowdown = measure_link(group, device), measure_slowdown(group, device)
+    advice = advise_group(group, device, num_parameters, world_size, bundle=bundle)
     dist.destroy_process_group()
-    return advise(
-        num_parameters,
-        world_size,
-        gbit_per_s=link.bytes_per_s * 8e-9,
-        latency_ms=link.latency_s * 1e3,
-        bundle=bundle,
-        slowdown=slowdown,
-    )
+    return advice
 
 
 if __name__ == "__main__":

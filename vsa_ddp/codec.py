@@ -88,9 +88,7 @@ class Codec:
         self.layout = layout
         self._config = config
         self._whitening = whitening
-        if piece is None:
-            piece = ternary.ELEMENTS_IN_CACHE if device.type == "cpu" else 2**62
-        self._pieces = tuple(cut(layout, piece))
+        self._pieces = tuple(cut(layout, piece or ternary.elements_at_once(device)))
         counters, streams = [], []
         per_slot = hypervector.KEYS_PER_COUNTER
         for s in layout.compressed:

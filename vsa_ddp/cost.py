@@ -86,7 +86,6 @@ def cost(
     world_size: int,
     bundle: int = 4,
     *,
-    arithmetic: Arithmetic = CPU_CORE,
     slowdown: float = 1.0,
 ) -> Cost:
     """The cost of averaging a gradient. `slowdown`: this machine's time for a rotation over the reference's.
@@ -96,16 +95,16 @@ def cost(
     w, n, d = world_size, num_elements, num_elements / bundle
     ring, buckets = 2 * (w - 1) / w, math.ceil(4 * n / BUCKET_BYTES)
     if method in ("dense", "half"):
-        size, ns = (4, arithmetic.dense_ns) if method == "dense" else (2, arithmetic.half_ns)
+        size, ns = (4, CPU_CORE.dense_ns) if method == "dense" else (2, CPU_CORE.half_ns)
         return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown)
     received, hops = {
         "all_gather": (BITS_PER_TRIT / 8 * (w - 1) * d, w - 1),
         "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
         "two_shot": (BITS_PER_TRIT / 8 * ring * d, w),
     }[method]
-    ns = arithmetic.element_ns * n + arithmetic.trit_ns[method] * d
+    ns = CPU_CORE.element_ns * n + CPU_CORE.trit_ns[method] * d
     if method == "all_gather":
-        ns += arithmetic.gathered_trit_ns * w * d
+        ns += CPU_CORE.gathered_trit_ns * w * d
     return Cost(received, buckets * hops, ns * 1e-9 * slowdown)
 
 

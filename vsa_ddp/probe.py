@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from vsa_ddp.cost import CPU_CORE, LinkSpeed
+from vsa_ddp.cost import CPU_CORE, Advice, LinkSpeed, advise
 from vsa_ddp.hypervector import rotate
 from vsa_ddp.stats import ByteCounter
 from vsa_ddp.wires import Link
@@ -45,11 +45,42 @@ def measure_link(group: dist.ProcessGroup, device: torch.device) -> LinkSpeed:
 
 def measure_slowdown(group: dist.ProcessGroup, device: torch.device) -> float:
     """The slowest rank's time for a rotation over that of the machine of `cost.CPU_CORE`. Collective, blocks."""
+    (slowest,) = _longest(group, device, rotation_s(device) / CPU_CORE.reference_rotation_s)
+    return slowest
+
+
+def rotation_s(device: torch.device) -> float:
+    """Seconds of one rotation of 2**20 elements, the least of several."""
     y_TK = torch.zeros(_ROTATED // 1024, 1024, device=device)
     rotate(y_TK)
-    least = min(_seconds(lambda: rotate(y_TK), device) for _ in range(5))
-    (slowest,) = _longest(group, device, least / CPU_CORE.reference_rotation_s)
-    return slowest
+    return min(_seconds(lambda: rotate(y_TK), device) for _ in range(5))
+
+
+def advise_group(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    num_parameters: int,
+    world_size: int,
+    *,
+    bundle: int,
+    gbit_per_s: float | None = None,
+) -> Advice:
+    """`cost.advise` from what is measured in the group, the same on all ranks. Collective, blocks.
+
+    Args: `gbit_per_s` as stated, which spares measuring the link; `world_size` of those that exchange.
+    """
+    latency_ms = 0.1
+    if gbit_per_s is None:
+        link = measure_link(group, device)
+        gbit_per_s, latency_ms = link.bytes_per_s * 8e-9, link.latency_s * 1e3
+    return advise(
+        num_parameters,
+        world_size,
+        gbit_per_s=gbit_per_s,
+        latency_ms=latency_ms,
+        bundle=bundle,
+        slowdown=measure_slowdown(group, device),
+    )
 
 
 def _longest(group: dist.ProcessGroup, device: torch.device, *values: float) -> list[float]:

@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.cost import advise
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
-from vsa_ddp.probe import measure_link, measure_slowdown
+from vsa_ddp.probe import advise_group
 from vsa_ddp.sigma import SharedSigma
 from vsa_ddp.stats import ByteCounter, CompressionStats, Totals
 from vsa_ddp.version import __version__
@@ -216,17 +215,13 @@ class VsaState:
         """What suits the link and the size, the same on all ranks. Collective, blocks."""
         # without names the first bucket stands for the model: DDP fills it with all parameters, or up to its cap
         num_elements = sum(math.prod(shape) for shape in self._names.shapes.values()) or buffer.numel()
-        gbit, latency_ms = self.config.link_gbit, 0.1
-        if gbit is None:
-            link = measure_link(group, buffer.device)
-            gbit, latency_ms = link.bytes_per_s * 8e-9, link.latency_s * 1e3
-        advice = advise(
+        advice = advise_group(
+            group,
+            buffer.device,
             num_elements,
             num_peers,
-            gbit_per_s=gbit,
-            latency_ms=latency_ms,
             bundle=self.config.bundle,
-            slowdown=measure_slowdown(group, buffer.device),
+            gbit_per_s=self.config.link_gbit,
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
         return advice.wire
