@@ -17,7 +17,7 @@ import torch.distributed as dist
 # Children come from a clean server process: forking pytest itself would copy torch's threads half dead.
 # DDP's constructor imports torch._dynamo, 0.7 s in each child if it is not there already
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torch._dynamo", "vsa_ddp", "tests.models"])
+_context.set_forkserver_preload(["pytest", "torch._dynamo", "vsa_ddp", "tests.models", "tests.warm"])
 
 
 class RankFailedError(AssertionError):

@@ -17,6 +17,7 @@ ORDER = [
     "hypervector",
     "ternary",
     "packing",
+    "kernels",
     "codec",
     "sigma",
     "wires",
@@ -63,3 +64,9 @@ def test_only_a_few_modules_communicate() -> None:
     for room, path in rooms():
         if any("distributed" in name or "DistributedDataParallel" in name for name in imports(path)):
             assert room in MAY_COMMUNICATE, path.name
+
+
+def test_only_the_kernels_import_compilers() -> None:
+    for room, path in rooms():
+        if {name.split(".")[0] for name in imports(path)} & {"numba", "triton"}:
+            assert room == "kernels", path.name

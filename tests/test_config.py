@@ -16,7 +16,7 @@ from vsa_ddp.register import optimizer_family
         ("bundle", True, "bundle must be an int, got True"),
         ("exact_steps", 0, "exact_steps must be at least 1, got 0"),
         ("rotation_block", 1000, r"rotation_block must be a power of two .*, got 1000"),
-        ("rotation_block", 64, r"rotation_block must be a power of two in 128\.\.65536"),
+        ("rotation_block", 64, r"rotation_block must be a power of two in 128\.\.16384"),
         ("scale_decay", 1.0, r"scale_decay must be a float in \[0, 1\), got 1\.0"),
         (
             "wire",

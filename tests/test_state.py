@@ -15,6 +15,8 @@ import vsa_ddp
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
+from vsa_ddp.codec import Codec
+from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.layout import plan_bucket
 from vsa_ddp.wires import WIRES
 
@@ -179,11 +181,16 @@ def test_loading_into_a_state_in_use_is_refused(tmp_path: Path) -> None:
     run_ranks(load_in_use, 1, tmp_path)
 
 
+def make_codec(state: VsaState) -> Codec:
+    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    return Codec(layout, state.config, state.whitening, torch.device("cpu"), TorchKernels())
+
+
 def test_a_saved_state_does_not_change_with_the_run() -> None:
     state = VsaState()
-    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    codec = make_codec(state)
     for value in (1.0, 2.0):
-        state.update_scales(layout, torch.full((96,), value), torch.full((1,), value))
+        state.update_scales(codec, torch.full((96,), value), torch.full((1,), value))
         if value == 1.0:
             saved = state.state_dict()
     assert saved["scales"]["weight"]["row"].unique().tolist() == pytest.approx([0.1])
@@ -192,10 +199,10 @@ def test_a_saved_state_does_not_change_with_the_run() -> None:
 
 def test_a_shared_sigma_doubles_at_most_and_falls_at_once() -> None:
     state = VsaState()
-    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    codec = make_codec(state)
     seen = []
     for value in (1.0, 8.0, 8.0, 8.0, float("inf"), 0.5, 0.0, 3.0):
-        state.update_scales(layout, torch.zeros(0), torch.full((1,), value))
+        state.update_scales(codec, torch.zeros(0), torch.full((1,), value))
         seen.append(state.state_dict()["sigma"]["weight"].item())
     assert seen == [1.0, 2.0, 4.0, 8.0, 8.0, 0.5, 0.0, 3.0]
 

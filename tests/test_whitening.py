@@ -15,8 +15,8 @@ def measured(whitening: Whitening, weight: torch.Tensor) -> torch.Tensor:
 
 
 def scale(whitening: Whitening) -> torch.Tensor:
-    row, col = whitening.factors(LAYOUT.slices[1], torch.empty(0))
-    return row * col
+    row, col = whitening.factors(LAYOUT).tensor_split([32])
+    return row[:, None] * col
 
 
 def test_a_separable_scale_is_found_up_to_one_factor() -> None:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from vsa_ddp.hypervector import rotate, unpack_keys
+from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.stats import ByteCounter, Totals
-from vsa_ddp.ternary import dequantize, level, quantize, quantize_at
+from vsa_ddp.ternary import dequantize, level, quantize
 from vsa_ddp.wires import WIRES, AllGather, AllReduce, Courier, Mean, Message, Rounds, TwoShot, Wire
 from vsa_ddp.wires.link import CHUNK_BYTES, Link
 from vsa_ddp.wires.shards import joined, shards
@@ -28,12 +29,19 @@ def message(rank: int, dtype: torch.dtype, bucket: int = 0, blocks: int = BLOCKS
     generator = torch.Generator().manual_seed(100 * bucket + rank)
     keys = torch.Generator().manual_seed(bucket)
     return Message(
+        TorchKernels(),
         torch.randn(blocks, BLOCK, generator=generator),
         torch.randn(EXACT, generator=generator).to(dtype),
         torch.rand(SCALES, generator=generator),
         SIGMA if blocks == BLOCKS else torch.ones(blocks),
-        torch.randint(0, 256, (blocks * BLOCK // 8,), generator=keys, dtype=torch.uint8),
+        torch.randint(-(2**31), 2**31, (blocks, BLOCK // 32), generator=keys, dtype=torch.int32),
     )
+
+
+def rounded(y_TK: torch.Tensor) -> torch.Tensor:
+    """As it arrives: trits at the rows' own levels."""
+    trits_TK, energy_T, kept_T = quantize(y_TK)
+    return dequantize(trits_TK, level(energy_T, kept_T).bfloat16())
 
 
 def reference(wire: Wire, messages: list[Message]) -> Mean:
@@ -42,13 +50,12 @@ def reference(wire: Wire, messages: list[Message]) -> Mean:
     scales_S, exact_E = torch.zeros(SCALES), torch.zeros(EXACT)
     for m in messages:
         if wire in SHARED:
-            trits_TK, energy, kept = quantize_at(m.y_TK, m.sigma_T)
+            trits_TK, energy, kept = quantize(m.y_TK, m.sigma_T)
             y_TK += trits_TK
             energy_T += energy.bfloat16()
             kept_T += kept.bfloat16()
         else:
-            trits_TK, levels_T = quantize(m.y_TK)
-            y_TK += dequantize(trits_TK, levels_T.bfloat16())
+            y_TK += rounded(m.y_TK)
         scales_S += m.scales_S.bfloat16()
         exact_E += m.exact_E
     exact_E, scales_S = (exact_E / world_size).to(first.exact_E.dtype), scales_S / world_size
@@ -57,9 +64,8 @@ def reference(wire: Wire, messages: list[Message]) -> Mean:
         return Mean(y_TK, exact_E, scales_S, (energy_T / (world_size * BLOCK)).sqrt())
     y_TK /= world_size
     if isinstance(wire, TwoShot):
-        keys_TK = unpack_keys(first.keys_D).view_as(y_TK)
-        trits_TK, levels_T = quantize(rotate(y_TK * keys_TK))
-        y_TK = rotate(dequantize(trits_TK, levels_T.bfloat16())) * keys_TK
+        keys_TK = unpack_keys(first.keys_TC)
+        y_TK = rotate(rounded(rotate(y_TK * keys_TK))) * keys_TK
         scales_S = scales_S.bfloat16().float()
     return Mean(y_TK, exact_E, scales_S)
 
@@ -114,7 +120,7 @@ def node_mean(messages: list[Message]) -> Message:
             total += getattr(m, name)
         return (total / len(messages)).to(getattr(first, name).dtype)
 
-    return Message(mean("y_TK"), mean("exact_E"), mean("scales_S"), first.sigma_T, first.keys_D)
+    return Message(first.kernels, mean("y_TK"), mean("exact_E"), mean("scales_S"), first.sigma_T, first.keys_TC)
 
 
 @pytest.mark.parametrize(
@@ -253,15 +259,11 @@ def test_the_second_rounding_adds_the_noise_of_theory() -> None:
     """NMSE 0.2348 of the mean, unbiased over fresh keys, whatever the ranks had in common."""
     alike = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(1))
     errors, total = [], torch.zeros_like(alike)
-    trits_TK, levels_T = quantize(alike)
-    first = dequantize(
-        trits_TK, levels_T.bfloat16()
-    )  # all ranks have the same: the mean is as far from Gaussian as can be
+    first = rounded(alike)  # all ranks have the same: the mean is as far from Gaussian as can be
     for draw in range(200):
-        keys = torch.randint(
-            0, 256, (4 * BLOCK // 8,), generator=torch.Generator().manual_seed(draw), dtype=torch.uint8
-        )
-        m = Message(alike, torch.zeros(EXACT), torch.zeros(SCALES), torch.zeros(BLOCKS), keys)
+        generator = torch.Generator().manual_seed(draw)
+        keys = torch.randint(-(2**31), 2**31, (4, BLOCK // 32), generator=generator, dtype=torch.int32)
+        m = Message(TorchKernels(), alike, torch.zeros(EXACT), torch.zeros(SCALES), torch.zeros(BLOCKS), keys)
         mean = reference(TwoShot(), [m, m])
         total += mean.y_TK / 200
         errors.append(((mean.y_TK - first).square().sum() / first.square().sum()).item())
@@ -273,7 +275,7 @@ def test_the_second_rounding_adds_the_noise_of_theory() -> None:
 def test_a_shared_sigma_twice_wrong_still_gives_an_unbiased_mean() -> None:
     y_TK = torch.randn(200, 1024, generator=torch.Generator().manual_seed(0))
     for sigma, nmse in ((0.0, 0.571), (0.5, 0.310), (0.8, 0.247), (1.0, 0.235), (1.25, 0.253), (2.0, 0.553)):
-        trits_TK, energy_T, kept_T = quantize_at(y_TK, torch.full((200,), sigma))
+        trits_TK, energy_T, kept_T = quantize(y_TK, torch.full((200,), sigma))
         estimate_TK = dequantize(trits_TK, level(energy_T, kept_T))
         error = ((estimate_TK - y_TK).square().sum() / y_TK.square().sum()).item()
         assert error == pytest.approx(nmse, rel=0.02)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from vsa_ddp.nodes import RanksPerNode
 
 Gain = Literal["unbiased", "shrunk"]
+Backend = Literal["auto", "torch", "numba", "triton"]
 WireName = Literal["all_gather", "all_reduce", "two_shot", "auto", "dense"]
 
 
@@ -47,6 +48,9 @@ class VsaConfig:
     """Weight of the past in the scales' running mean."""
     seed: int = 0
     """Seed of the keys."""
+    backend: Backend = "auto"
+    """What calculates: "triton" on CUDA, "numba" on a CPU, "torch" on both; "auto" takes the fastest that is installed.
+    The gradients are the same, bit for bit."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -63,13 +67,13 @@ class VsaConfig:
                 bounds = f"at least {low}" if high is None else f"in {low}..{high}"
                 raise ValueError(f"{name} must be {bounds}, got {value}.")
         block = self.rotation_block
-        if not isinstance(block, int) or block < 128 or block > 65536 or block & (block - 1):
+        if not isinstance(block, int) or block < 128 or block > 16384 or block & (block - 1):
             raise ValueError(
-                f"rotation_block must be a power of two in 128..65536 (Walsh-Hadamard needs it), got {block!r}."
+                f"rotation_block must be a power of two in 128..16384 (larger ones are not exact), got {block!r}."
             )
         if not isinstance(self.scale_decay, float) or not 0.0 <= self.scale_decay < 1.0:
             raise ValueError(f"scale_decay must be a float in [0, 1), got {self.scale_decay!r}.")
-        for name, choices in (("wire", get_args(WireName)), ("gain", get_args(Gain))):
+        for name, choices in (("wire", get_args(WireName)), ("gain", get_args(Gain)), ("backend", get_args(Backend))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.link_gbit is not None:

@@ -32,15 +32,14 @@ def vsa_hook(
     """
     codec, link, step = state.begin(bucket)
     buffer: torch.Tensor = bucket.buffer()
-    gradients: list[torch.Tensor] = bucket.gradients()
-    scales_S = state.measure_scales(codec.layout, gradients, step)
+    scales_S = state.measure_scales(codec.layout, bucket.gradients(), step)
 
     exact = state.sends_exact(step)
     if exact:
         future = link.all_reduce_mean_(buffer, scales_S)
     else:
         keys = codec.keys(step)
-        y_TK, exact_E = codec.encode(gradients, keys)
+        y_TK, exact_E = codec.encode(buffer, keys)
         message = state.message(codec, y_TK, exact_E, scales_S, step)
         future, receive = state.courier.carry(message, link)
 
@@ -49,12 +48,12 @@ def vsa_hook(
         done.value()  # raises here if a collective failed: never hand out a gradient that was not exchanged
         if exact:
             keep_for_current_stream(scales_S)
-            state.update_scales(codec.layout, scales_S)
+            state.update_scales(codec, scales_S)
         else:
-            keep_for_current_stream(keys)
+            keep_for_current_stream(keys.words)
             mean = receive()
-            codec.decode_(gradients, mean.y_TK, mean.exact_E, keys)
-            state.update_scales(codec.layout, mean.scales_S, mean.sigma_T)
+            codec.decode_(buffer, mean.y_TK, mean.exact_E, keys)
+            state.update_scales(codec, mean.scales_S, mean.sigma_T)
         return buffer
 
     state.end(bucket)

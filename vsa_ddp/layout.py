@@ -25,6 +25,10 @@ class Slice:
     """D_p, its share of the hypervector; 0 if it travels exactly."""
     start: int
     """Where its share starts: in the hypervector if it is compressed, among the exact elements if not."""
+    offset: int
+    """Where its elements start in the bucket."""
+    first_factor: int
+    """Where its row and column factors start among the bucket's, if it is compressed."""
 
     @cached_property
     def numel(self) -> int:
@@ -38,6 +42,11 @@ class Slice:
     @property
     def num_cols(self) -> int:
         return self.numel // self.shape[0]
+
+    @property
+    def factors(self) -> slice:
+        """Its row factors and then its column factors, among the bucket's."""
+        return slice(self.first_factor, self.first_factor + self.num_rows + self.num_cols)
 
     @cached_property
     def name_hash(self) -> int:
@@ -67,6 +76,11 @@ class BucketLayout:
         return sum(s.num_dims for s in self.slices)
 
     @cached_property
+    def num_factors(self) -> int:
+        """S, row and column factors of its compressed parameters."""
+        return sum(s.num_rows + s.num_cols for s in self.compressed)
+
+    @cached_property
     def num_exact(self) -> int:
         return sum(s.numel for s in self.exact)
 
@@ -79,14 +93,17 @@ def is_compressed(shape: tuple[int, ...], config: VsaConfig) -> bool:
 def plan_bucket(parameters: tuple[tuple[str, tuple[int, ...]], ...], config: VsaConfig) -> BucketLayout:
     """Lay out the (name, shape) pairs of a bucket, in the bucket's order."""
     slices = []
-    num_dims = num_exact = 0
+    num_dims = num_exact = offset = num_factors = 0
     for name, shape in parameters:
         numel = math.prod(shape)
         dims = 0
         if is_compressed(shape, config):
             tile = config.bundle * config.rotation_block
             dims = -(-numel // tile) * config.rotation_block
-        slices.append(Slice(name, shape, dims, num_dims if dims else num_exact))
+        share = Slice(name, shape, dims, num_dims if dims else num_exact, offset, num_factors)
+        slices.append(share)
+        offset += numel
+        num_factors += share.num_rows + share.num_cols if dims else 0
         num_dims += dims
         num_exact += 0 if dims else numel
     return BucketLayout(config.bundle, config.rotation_block, tuple(slices))

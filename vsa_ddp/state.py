@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
+from vsa_ddp.kernels import Kernels, load_kernels, missing
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
@@ -65,13 +66,15 @@ class VsaState:
         self._counter = ByteCounter()
         self._names = ParameterNames()
         self._courier: Courier | None = None
+        self._kernels: Kernels | None = None  # loaded at the first bucket, for its device
         self._chosen: str | None = None  # by wire="auto"
         self._starts_step = True
         self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
         logger.info("%r", self)
 
     def __repr__(self) -> str:
-        return f"VsaState(step={self.step}, config={self.config})"
+        backend = f", backend={self._kernels.name!r}" if self._kernels is not None else ""
+        return f"VsaState(step={self.step}{backend}, config={self.config})"
 
     @property
     def courier(self) -> Courier:
@@ -119,14 +122,16 @@ class VsaState:
         wire = self.courier.wire
         assert wire is not None
         sigma_T = self.sigma.of(codec.layout, y_TK.device) if wire.shared_sigma else None
-        return Message(y_TK, exact_E, scales_S, sigma_T, codec.fresh_keys(step) if wire.fresh_keys else None)
+        keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
+        return Message(codec.kernels, y_TK, exact_E, scales_S, sigma_T, keys_TC)
 
-    def update_scales(self, layout: BucketLayout, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
+    def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
         if mean_scales_S.numel():
-            self.whitening.update(layout, mean_scales_S)
+            self.whitening.update(codec.layout, mean_scales_S)
+            codec.refresh_factors()
         if sigma_T is not None:
-            self.sigma.update(layout, sigma_T)
+            self.sigma.update(codec.layout, sigma_T)
 
     def end(self, bucket: GradBucket) -> None:
         """Count the step when all its buckets have been seen."""
@@ -200,6 +205,7 @@ class VsaState:
         """Compare the ranks, find the nodes, and make what carries messages. Collective, blocks, once."""
         device = buffer.device
         check_agreement(self._fingerprint(group, device), group)
+        self._kernels = load_kernels(self.config.backend, device)
         ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
         nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
         num_peers = len(nodes) if nodes else len(ranks)
@@ -208,7 +214,8 @@ class VsaState:
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
-        logger.info("%d ranks%s, by %r", len(ranks), f" in {num_peers} nodes" if nodes else "", courier.wire)
+        where = f" in {num_peers} nodes" if nodes else ""
+        logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
         return courier
 
     def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> str:
@@ -244,8 +251,9 @@ class VsaState:
                 )
         layout = plan_bucket(tuple((name, self._names.shapes[name]) for name in names), self.config)
         self.whitening.to(layout, buffer.device)
+        assert self._kernels is not None
         logger.info("bucket of %d elements: %d exact, %d trits", buffer.numel(), layout.num_exact, layout.num_dims)
-        return Codec(layout, self.config, self.whitening, buffer.device)
+        return Codec(layout, self.config, self.whitening, buffer.device, self._kernels)
 
     def _fingerprint(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, Any]:
         """What must be equal on all ranks before the first bucket is sent."""
@@ -264,6 +272,7 @@ class VsaState:
             "process groups made": num_groups_made() if apart else None,
             "mesh": self._mesh,
             "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE") if self.config.ranks_per_node == "local" else None,
+            "backend is there": missing(self.config.backend, device) or True,
             "version": __version__,
             "step": self.step,
             "digest of parameter names and scales": digest.hexdigest()[:16],

@@ -13,7 +13,7 @@ Shape letters: R rows, C columns, S = sum of R + C over the compressed parameter
 import torch
 from torch import Tensor
 
-from vsa_ddp.layout import BucketLayout, Slice
+from vsa_ddp.layout import BucketLayout
 
 _FLOOR = 1e-3
 """Least row or column mean, relative to the matrix's: a row that had no gradient so far may get one."""
@@ -28,7 +28,6 @@ class Whitening:
     def __init__(self, decay: float) -> None:
         self._decay = decay
         self._means: dict[str, tuple[Tensor, Tensor]] = {}
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def measure(self, layout: BucketLayout, gradients: list[Tensor]) -> Tensor:
         """This rank's mean squares over rows and columns. Shapes: the bucket's gradients -> (S,) float32."""
@@ -44,45 +43,37 @@ class Whitening:
         for s in layout.compressed:
             new_S, scales_S = scales_S.tensor_split([s.num_rows + s.num_cols])
             if s.name not in self._means:
-                self._start(s.name, torch.zeros_like(new_S[: s.num_rows]), torch.zeros_like(new_S[s.num_rows :]))
+                self._means[s.name] = torch.zeros_like(new_S[: s.num_rows]), torch.zeros_like(new_S[s.num_rows :])
             weight = new_S.isfinite().all().float().mul_(1.0 - self._decay)
             new_S = new_S.nan_to_num(0.0, 0.0, 0.0)
             row_R, col_C = self._means[s.name]
             row_R.lerp_(new_S[: s.num_rows], weight)
             col_C.lerp_(new_S[s.num_rows :], weight)
-            self._refresh(s.name)
 
-    def factors(self, s: Slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the scale, s_ij = row_i * col_j; ones if nothing was measured. Shapes: -> (R, 1), (1, C)."""
-        if s.name not in self._factors:
-            return like.new_ones(s.num_rows, 1, dtype=torch.float32), like.new_ones(1, s.num_cols, dtype=torch.float32)
-        return self._factors[s.name]
+    def factors(self, layout: BucketLayout) -> Tensor:
+        """Factors of the scales, s_ij = row_i * col_j, each parameter's rows and then its columns; ones if nothing was
+        measured. Shapes: -> (S,) float32."""
+        factors = [torch.empty(0, dtype=torch.float32)]
+        for s in layout.compressed:
+            if s.name in self._means:
+                factors += map(_root, self._means[s.name])
+            else:
+                factors.append(torch.ones(s.num_rows + s.num_cols, dtype=torch.float32))
+        return torch.cat(factors[1:] or factors)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {name: {"row": row_R.clone(), "col": col_C.clone()} for name, (row_R, col_C) in self._means.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take copies of saved means."""
-        self._means.clear()
-        self._factors.clear()
-        for name, pair in state.items():
-            self._start(name, pair["row"].clone(), pair["col"].clone())
+        self._means = {name: (pair["row"].clone(), pair["col"].clone()) for name, pair in state.items()}
 
     def to(self, layout: BucketLayout, device: torch.device) -> None:
         """Move the means of a bucket's parameters to its device."""
         for s in layout.compressed:
             if s.name in self._means:
                 row_R, col_C = self._means[s.name]
-                self._start(s.name, row_R.to(device), col_C.to(device))
-
-    def _start(self, name: str, row_R: Tensor, col_C: Tensor) -> None:
-        self._means[name] = row_R, col_C
-        self._factors[name] = torch.empty_like(row_R)[:, None], torch.empty_like(col_C)[None, :]
-        self._refresh(name)
-
-    def _refresh(self, name: str) -> None:
-        for factor, mean in zip(self._factors[name], self._means[name], strict=True):
-            factor.view(-1).copy_(_root(mean))
+                self._means[s.name] = row_R.to(device), col_C.to(device)
 
 
 def _root(mean_squares: Tensor) -> Tensor:

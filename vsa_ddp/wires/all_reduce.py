@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vsa_ddp.packing import pack_digits, unpack_digits
-from vsa_ddp.ternary import dequantize, level, quantize_at
+from vsa_ddp.ternary import dequantize, level
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds
 
@@ -28,15 +27,14 @@ class AllReduce:
     def exchange(self, message: Message, link: Link) -> Rounds:
         assert message.sigma_T is not None
         w = link.world_size
-        trits_TK, energy_T, kept_T = quantize_at(message.y_TK, message.sigma_T)
+        lanes, energy_T, kept_T = message.kernels.quantize_to_digits(message.y_TK, message.sigma_T, w)
         # bfloat16's 8 bits: sums of them are exact in any order, and the same as AllGather's
         levels = torch.cat([energy_T, kept_T]).bfloat16()
-        lanes = pack_digits(trits_TK.flatten(), w)
         sides = torch.cat([part.double() for part in (levels, message.scales_S.bfloat16(), message.exact_E)])
         yield link.all_reduce_sum_(lanes, sides)
 
         keep_for_current_stream(lanes, sides)
-        sums_TK = unpack_digits(lanes, trits_TK.numel(), w).view_as(message.y_TK)
+        sums_TK = message.kernels.sums_of_digits(lanes, message.y_TK.shape[1], w)
         first, second = levels.numel(), levels.numel() + message.scales_S.numel()
         levels_sum, scales_S, exact_E = sides.tensor_split([first, second])
         y_TK, sigma_T = mean_of_trits(sums_TK, levels_sum.float(), w)

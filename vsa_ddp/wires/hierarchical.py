@@ -42,18 +42,17 @@ class Hierarchical:
         summed = summed_dtype(message.exact_E)
         mine = [shards(message.y_TK, size).flatten(1), shards(message.exact_E, size), shards(message.scales_S, size)]
         sigma_t = None if message.sigma_T is None else shards(message.sigma_T, size)[node.rank]
-        keys_d = None
-        if message.keys_D is not None:
-            keys_d = shards(message.keys_D.view(-1, block // 8), size)[node.rank].flatten()
+        keys_tC = None if message.keys_TC is None else shards(message.keys_TC, size)[node.rank]
         future, theirs_LF = node.all_to_all(torch.cat([part.to(summed) for part in mine], 1))
         yield future
 
-        keep_for_current_stream(theirs_LF, *(t for t in (sigma_t, keys_d) if t is not None))
+        keep_for_current_stream(theirs_LF, *(t for t in (sigma_t, keys_tC) if t is not None))
         mean_F = torch.zeros_like(theirs_LF[0])
         for floats_F in theirs_LF:
             mean_F += floats_F
         y, exact, scales = torch.split(mean_F / size, [part.shape[1] for part in mine])
-        shard = Message(y.view(-1, block).float(), exact.to(message.exact_E.dtype), scales.float(), sigma_t, keys_d)
+        y_tK, exact_E = y.view(-1, block).float(), exact.to(message.exact_E.dtype)
+        shard = Message(message.kernels, y_tK, exact_E, scales.float(), sigma_t, keys_tC)
         mean = yield from self.between.exchange(shard, link.between)
 
         found = [mean.y_TK.flatten(), mean.exact_E, mean.scales_S]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from vsa_ddp.kernels import Kernels
 from vsa_ddp.wires.link import Link
 
 
@@ -18,6 +19,8 @@ from vsa_ddp.wires.link import Link
 class Message:
     """What one rank wants averaged."""
 
+    kernels: Kernels
+    """What calculates."""
     y_TK: Tensor
     """The rotated hypervector, float32."""
     exact_E: Tensor
@@ -26,8 +29,8 @@ class Message:
     """Scales measured in this step, float32, or none."""
     sigma_T: Tensor | None = None
     """Standard deviation of the rows as all ranks know it, zero where they do not yet, if the wire asks for it."""
-    keys_D: Tensor | None = None
-    """Fresh key bits, the same on all ranks, if the wire rounds a second time. (D / 8,) uint8."""
+    keys_TC: Tensor | None = None
+    """Words of fresh keys, the same on all ranks, if the wire rounds a second time. (T, K / 32) int32."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from vsa_ddp.hypervector import bind, rotate, unbind, unpack_keys
-from vsa_ddp.packing import Packet, pack_packet, trits_of_byte, unpack_packet
-from vsa_ddp.ternary import add_dequantized_, dequantize, quantize
+from vsa_ddp.hypervector import bind, unbind, unpack_keys
+from vsa_ddp.packing import Packet, pack_packet, unpack_packet
+from vsa_ddp.ternary import level
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds, summed_dtype
 from vsa_ddp.wires.shards import joined, shards
@@ -28,41 +28,45 @@ class TwoShot:
     fresh_keys: ClassVar[bool] = True
 
     def exchange(self, message: Message, link: Link) -> Rounds:
-        assert message.keys_D is not None
-        w = link.world_size
-        trits_TK, levels_T = quantize(message.y_TK)
+        assert message.keys_TC is not None
+        w, kernels, block = link.world_size, message.kernels, message.y_TK.shape[1]
+        packed_TP, energy_T, kept_T = kernels.quantize(message.y_TK)
         first = Packet(
-            shards(trits_TK, w),
-            shards(levels_T.bfloat16(), w),
+            shards(packed_TP, w),
+            shards(level(energy_T, kept_T).bfloat16(), w),
             shards(message.scales_S.bfloat16(), w),
             shards(message.exact_E, w),
         )
-        keys_tK = unpack_keys(shards(message.keys_D.view(-1, trits_TK.shape[1] // 8), w)[link.rank])
-        trits_of_byte(message.y_TK.device)  # cached on this stream: the other's kernels may run before it is filled
-        future, packets_WP = link.all_to_all(pack_packet(first))
+        keys_tK = unpack_keys(shards(message.keys_TC, w)[link.rank])
+        future, packets = link.all_to_all(pack_packet(first))
         yield future
 
-        keep_for_current_stream(packets_WP, keys_tK)
-        arrived = unpack_packet(packets_WP, like=first)
+        keep_for_current_stream(packets, keys_tK)
+        arrived = unpack_packet(packets, like=first)
         # In rank order, so that nothing depends on which rank owns the shard
-        y_tK = torch.zeros_like(keys_tK)
         exact = torch.zeros_like(arrived.exact_E[0], dtype=summed_dtype(message.exact_E))
         scales = torch.zeros_like(arrived.scales_S[0], dtype=torch.float32)
         for rank in range(w):
-            add_dequantized_(y_tK, arrived.trits_TK[rank], arrived.levels_T[rank])
             exact += arrived.exact_E[rank]
             scales += arrived.scales_S[rank]
-        trits_tK, levels_t = quantize(rotate(bind(y_tK / w, keys_tK)))
-        second = Packet(trits_tK, levels_t.bfloat16(), (scales / w).bfloat16(), (exact / w).to(message.exact_E.dtype))
-        future, packets_WP = link.all_gather(pack_packet(second))
+        y_tK = kernels.mean_of_packed(arrived.packed_TP, arrived.levels_T, block)
+        packed_tP, energy_t, kept_t = kernels.quantize(kernels.rotate(bind(y_tK, keys_tK)))
+        second = Packet(
+            packed_tP,
+            level(energy_t, kept_t).bfloat16(),
+            (scales / w).bfloat16(),
+            (exact / w).to(message.exact_E.dtype),
+        )
+        future, packets = link.all_gather(pack_packet(second))
         yield future
 
-        keep_for_current_stream(packets_WP, message.keys_D)
-        arrived = unpack_packet(packets_WP, like=second)
-        rows_TK = joined(arrived.trits_TK, message.y_TK.shape[0])
-        y_TK = rotate(dequantize(rows_TK, joined(arrived.levels_T, rows_TK.shape[0])))
+        keep_for_current_stream(packets, message.keys_TC)
+        arrived = unpack_packet(packets, like=second)
+        num_blocks = message.y_TK.shape[0]
+        rows_TP, levels_T = joined(arrived.packed_TP, num_blocks), joined(arrived.levels_T, num_blocks)
+        y_TK = kernels.rotate(kernels.mean_of_packed(rows_TP[None], levels_T[None], block))
         return Mean(
-            unbind(y_TK, unpack_keys(message.keys_D).view_as(y_TK)),
+            unbind(y_TK, unpack_keys(message.keys_TC)),
             joined(arrived.exact_E, message.exact_E.shape[0]),
             joined(arrived.scales_S, message.scales_S.shape[0]).float(),
         )
