@@ -1,5 +1,7 @@
 """What must not work fails on every rank with a clear error; what overflows leaves no trace."""
 
+import importlib.util
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from tests.models import digest, gradients, loss_of, net
+from tests.models import digest, gradients, loss_of, net, step_digests
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
 from vsa_ddp.wires import WIRES
@@ -237,6 +239,37 @@ def test_nodes_that_cannot_be_are_named_on_every_rank(tmp_path: Path) -> None:
         assert "must hold the ranks of the DDP model's group [0, 1, 2], got [[0, 1], [2, 3]]" in foreign
         assert "must have two dimensions, nodes and ranks of a node, got [0, 1, 2]" in flat
         assert "give either a mesh or ranks_per_node, got both" in twice
+
+
+def without_numba(rank: int, world_size: int, backends: list[str], missing_on: list[int]) -> Any:
+    """Digests of five steps, the backend and the log; or the error."""
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name: None if name == "numba" and rank in missing_on else find_spec(name)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vsa_ddp.state").addHandler(handler)
+    logging.getLogger("vsa_ddp.state").setLevel(logging.INFO)
+    model = DDP(net(), bucket_cap_mb=0.05)
+    state = vsa_ddp.register(model, backend=backends[rank])
+    try:
+        digests = step_digests(model, rank, 5)
+    except ValueError as error:
+        return str(error)
+    return digests, re.findall(r"kernels='(\w+)'", repr(state)), [r for r in records if "backend" in r][-1]
+
+
+def test_ranks_may_have_different_backends_and_the_same_bits(tmp_path: Path) -> None:
+    ranks = run_ranks(without_numba, 4, tmp_path, ["auto", "auto", "torch", "numba"], [1])
+    assert [backend for _, backend, _ in ranks] == [["numba"], ["torch"], ["torch"], ["numba"]]
+    assert all(digests == ranks[0][0] for digests, _, _ in ranks)
+    assert ranks[1][2].endswith("backend torch")
+
+
+@pytest.mark.parametrize("missing_on", [[1], [0, 1]])
+def test_a_backend_that_is_not_there_is_named_on_every_rank(tmp_path: Path, missing_on: list[int]) -> None:
+    for message in run_ranks(without_numba, 2, tmp_path, ["numba", "numba"], missing_on, seconds=20):
+        assert 'backend="numba" needs numba, which is not installed: pip install "vsa-ddp[numba]"' in message
 
 
 def different_histories(rank: int, world_size: int) -> tuple[str, str] | None:

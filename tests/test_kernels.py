@@ -29,7 +29,8 @@ def passes(
     factors_S = torch.rand(layout.num_factors, generator=generator) + 0.5
     bucket = kernels.for_bucket(layout, 2**40 + config.seed, CPU)
     keys = bucket.keys(2**33 + 3)
-    found = {"y": bucket.encode(gradient_N, factors_S, keys), "unwhitened": bucket.encode(gradient_N, None, keys)}
+    found = {"scales": bucket.mean_squares(gradient_N)}
+    found |= {"y": bucket.encode(gradient_N, factors_S, keys), "unwhitened": bucket.encode(gradient_N, None, keys)}
     found["rotated"] = kernels.rotate(found["y"])
     packed_TP, found["energy"], found["kept"] = kernels.quantize(found["y"])
     sigma_T = torch.linspace(0, 2, len(packed_TP))

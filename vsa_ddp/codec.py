@@ -49,6 +49,10 @@ class Codec:
         if self._factors_2S is not None:
             torch.reciprocal(self._factors_2S[1].copy_(self._whitening.factors(self.layout)), out=self._factors_2S[0])
 
+    def mean_squares(self, bucket_N: Tensor) -> Tensor:
+        """What the whitening is made of, measured on this rank. Shapes: the bucket -> (S,) float32."""
+        return self._bucket.mean_squares(bucket_N)
+
     def keys(self, step: int) -> Keys:
         """The step's keys: the same on every rank, never sent."""
         return self._bucket.keys(step)

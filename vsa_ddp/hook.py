@@ -32,7 +32,7 @@ def vsa_hook(
     """
     codec, link, step = state.begin(bucket)
     buffer: torch.Tensor = bucket.buffer()
-    scales_S = state.measure_scales(codec.layout, bucket.gradients(), step)
+    scales_S = state.measure_scales(codec, buffer, step)
 
     exact = state.sends_exact(step)
     if exact:

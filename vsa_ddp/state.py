@@ -18,7 +18,7 @@ from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import Kernels, load_kernels, missing
-from vsa_ddp.layout import BucketLayout, plan_bucket
+from vsa_ddp.layout import plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
 from vsa_ddp.probe import advise_group
@@ -73,8 +73,8 @@ class VsaState:
         logger.info("%r", self)
 
     def __repr__(self) -> str:
-        backend = f", backend={self._kernels.name!r}" if self._kernels is not None else ""
-        return f"VsaState(step={self.step}{backend}, config={self.config})"
+        kernels = f", kernels={self._kernels.name!r}" if self._kernels is not None else ""
+        return f"VsaState(step={self.step}{kernels}, config={self.config})"
 
     @property
     def courier(self) -> Courier:
@@ -110,12 +110,12 @@ class VsaState:
         """Whether this step travels uncompressed."""
         return self.config.wire == "dense" or step < self.config.exact_steps
 
-    def measure_scales(self, layout: BucketLayout, gradients: list[Tensor], step: int) -> Tensor:
+    def measure_scales(self, codec: Codec, buffer: Tensor, step: int) -> Tensor:
         """This rank's scales to send along with the step, or an empty tensor when they are not due."""
         due = step & (step - 1) == 0 or step % self.config.scale_interval == 0 or step < self.config.exact_steps
         if self.config.whiten and self.config.wire != "dense" and due:
-            return self.whitening.measure(layout, gradients)
-        return gradients[0].new_empty(0, dtype=torch.float32)
+            return codec.mean_squares(buffer)
+        return buffer.new_empty(0, dtype=torch.float32)
 
     def message(self, codec: Codec, y_TK: Tensor, exact_E: Tensor, scales_S: Tensor, step: int) -> Message:
         """What to send, with what the wire asks for: the last step's standard deviations, keys for another rounding."""
@@ -266,13 +266,14 @@ class VsaState:
         flat = self.config.ranks_per_node == 1 and self._mesh is None
         # Ranks of a part of the job make their groups without the others, and name them by how many they made before
         apart = group is not dist.group.WORLD and not (flat and wire is not None and wire.num_rounds == 1)
+        settings = {name: value for name, value in vars(self.config).items() if name != "backend"}  # all have its bits
         return {
-            **vars(self.config),
+            **settings,
             "chosen wire": self._chosen,
             "process groups made": num_groups_made() if apart else None,
             "mesh": self._mesh,
             "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE") if self.config.ranks_per_node == "local" else None,
-            "backend is there": missing(self.config.backend, device) or True,
+            "backend": missing(self.config.backend, device) or "there",
             "version": __version__,
             "step": self.step,
             "digest of parameter names and scales": digest.hexdigest()[:16],

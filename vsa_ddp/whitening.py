@@ -1,9 +1,9 @@
 """Scales that all ranks share: the root mean square of each matrix's rows and columns.
 
 s_ij = sqrt(r_i * c_j / mean(r)), with r and c the running means of the squared gradient over rows and columns. They are
-averaged over the ranks as plain floats (rounded to bfloat16 beside compressed gradients), so every rank holds the same
-bits, and measured from the gradients before they are compressed: a scale read from decoded gradients would feed on the
-decoder's own noise. Only ratios inside one matrix matter, the decoder multiplies by what the encoder divided by.
+averaged over the ranks as plain floats, which each rounds to bfloat16, so every rank holds the same bits; and measured
+from the gradients before they are compressed: a scale read from decoded gradients would feed on the decoder's own
+noise. Only ratios inside one matrix matter, the decoder multiplies by what the encoder divided by.
 
 Source of the factoring: Shazeer and Stern 2018 (Adafactor), arXiv:1804.04235.
 
@@ -13,10 +13,30 @@ Shape letters: R rows, C columns, S = sum of R + C over the compressed parameter
 import torch
 from torch import Tensor
 
+from vsa_ddp.hypervector import row_slices
 from vsa_ddp.layout import BucketLayout
 
 _FLOOR = 1e-3
 """Least row or column mean, relative to the matrix's: a row that had no gradient so far may get one."""
+
+
+def mean_squares(layout: BucketLayout, bucket_N: Tensor) -> Tensor:
+    """This rank's mean squares over each compressed parameter's rows, and then its columns.
+
+    Summed in float64 and rounded to bfloat16: the same in any order of summation, but for one case in 1e12.
+    Shapes: the bucket, of any float dtype -> (S,) float32.
+    """
+    parts = [torch.empty(0, dtype=torch.float32, device=bucket_N.device)]
+    for s in layout.compressed:
+        x_RC = bucket_N[s.offset : s.offset + s.numel].view(s.num_rows, s.num_cols)
+        row_R = torch.empty(s.num_rows, dtype=torch.float64, device=bucket_N.device)
+        col_C = torch.zeros(s.num_cols, dtype=torch.float64, device=bucket_N.device)
+        for rows in row_slices(x_RC):
+            squared = x_RC[rows].float().double().square_()
+            row_R[rows] = squared.sum(1)
+            col_C += squared.sum(0)
+        parts += [row_R.div_(s.num_cols).bfloat16().float(), col_C.div_(s.num_rows).bfloat16().float()]
+    return torch.cat(parts)
 
 
 class Whitening:
@@ -29,17 +49,8 @@ class Whitening:
         self._decay = decay
         self._means: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def measure(self, layout: BucketLayout, gradients: list[Tensor]) -> Tensor:
-        """This rank's mean squares over rows and columns. Shapes: the bucket's gradients -> (S,) float32."""
-        parts = []
-        for s, gradient in zip(layout.slices, gradients, strict=True):
-            if s.num_dims:
-                squared_RC = gradient.reshape(s.num_rows, s.num_cols).float().square()
-                parts += [squared_RC.mean(1), squared_RC.mean(0)]
-        return torch.cat(parts) if parts else gradients[0].new_empty(0, dtype=torch.float32)
-
     def update(self, layout: BucketLayout, scales_S: Tensor) -> None:
-        """Take the ranks' mean of `measure` into the running means. A parameter's that is not finite is left out."""
+        """Take the ranks' mean of `mean_squares` into the running means, of parameters where it is finite."""
         for s in layout.compressed:
             new_S, scales_S = scales_S.tensor_split([s.num_rows + s.num_cols])
             if s.name not in self._means:

@@ -28,6 +28,9 @@ class Keys:
 class BucketKernels(Protocol):
     """The passes over one bucket."""
 
+    def mean_squares(self, bucket_N: Tensor) -> Tensor:
+        """`whitening.mean_squares`: (S,) float32, rounded to bfloat16."""
+
     def keys(self, step: int) -> Keys:
         """The step's keys, for `encode` and `decode_`."""
 

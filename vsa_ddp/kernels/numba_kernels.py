@@ -36,7 +36,7 @@ _OFFSET, _NUMEL, _COLS, _ROWS, _FIRST_ROW, _DIMS, _FACTOR, _STREAM = range(8)
 
 Array = npt.NDArray[Any]
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
-_SIGN = _U32(0x80000000)
+_SIGN, _ONE = _U32(0x80000000), _U32(0x3F800000)
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -56,25 +56,13 @@ def _draw_keys(counter: int, stream: int, step: int, seed: int, words: Array) ->
 
 
 @compiled
-def _bind(x_K: Array, words: Array, out_K: Array) -> None:
-    """out = x times the keys, by their signs; see `hypervector.unpack_keys`."""
-    x, out, n = x_K.view(_U32), out_K.view(_U32), len(words)
+def _unpack_keys(words: Array, keys_K: Array) -> None:
+    """`hypervector.unpack_keys` of one row."""
+    keys, n = keys_K.view(_U32), len(words)
     for bit in range(32):
         shift = _U32(31 - bit)
         for i in range(n):
-            out[n * bit + i] = x[n * bit + i] ^ ((words[i] << shift) & _SIGN)
-
-
-@compiled
-def _bind_and_add(x_K: Array, words: Array, y_K: Array) -> None:
-    """y += x times the keys. Overwrites x."""
-    x, n = x_K.view(_U32), len(words)
-    for bit in range(32):
-        shift = _U32(31 - bit)
-        for i in range(n):
-            x[n * bit + i] ^= (words[i] << shift) & _SIGN
-        for i in range(n):
-            y_K[n * bit + i] += x_K[n * bit + i]
+            keys[n * bit + i] = ((words[i] << shift) & _SIGN) | _ONE
 
 
 @compiled
@@ -114,9 +102,50 @@ def _rotate(y_K: Array, spare_K: Array) -> None:
 
 
 @compiled
-def _whiten(x: Array, row: float, col: Array, out: Array) -> None:
+def _sum(x_K: Array) -> Any:
+    """`ternary.row_sums` of one row; overwrites it."""
+    half = len(x_K)
+    while half > 1:
+        half //= 2
+        for i in range(half):
+            x_K[i] += x_K[half + i]
+    return x_K[0]
+
+
+@compiled
+def _mean_squares(bucket: Array, table: Array, out: Array) -> None:
+    """`whitening.mean_squares` in float64; `out` comes as zeros."""
+    for p in table[:-1]:
+        num_rows, num_cols = p[_ROWS], p[_COLS]
+        row_R = out[p[_FACTOR] : p[_FACTOR] + num_rows]
+        col_C = out[p[_FACTOR] + num_rows : p[_FACTOR] + num_rows + num_cols]
+        # padded to a power of two, for the sum by halves
+        size = 1
+        while size < num_cols:
+            size *= 2
+        squared = np.zeros(size, np.float64)
+        for r in range(num_rows):
+            x = bucket[p[_OFFSET] + r * num_cols : p[_OFFSET] + (r + 1) * num_cols]
+            for c in range(num_cols):
+                squared[c] = np.float64(x[c]) * np.float64(x[c])
+            for c in range(num_cols):
+                col_C[c] += squared[c]
+            squared[num_cols:] = 0
+            row_R[r] = _sum(squared) / num_cols
+        for c in range(num_cols):
+            col_C[c] /= num_rows
+
+
+@compiled
+def _add_bound(x: Array, row: float, col: Array, keys: Array, y: Array) -> None:
+    for i in range(len(x)):
+        y[i] += x[i] * row * col[i] * keys[i]
+
+
+@compiled
+def _unbind(y: Array, keys: Array, row: float, col: Array, out: Array) -> None:
     for i in range(len(out)):
-        out[i] = x[i] * row * col[i]
+        out[i] = y[i] * keys[i] * row * col[i]
 
 
 @compiled
@@ -124,7 +153,7 @@ def _encode(
     first: int, last: int, bucket: Array, factors: Array, table: Array, owner: Array, step: int, seed: int, y: Array
 ) -> None:
     bundle, block = table[-1, 0], y.shape[1]
-    words, x, spare = np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block, _F32)
+    words, keys, spare = np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block, _F32)
     for t in range(first, last):
         p = table[owner[t]]
         dim = (t - p[_FIRST_ROW]) * block
@@ -134,19 +163,19 @@ def _encode(
             length = min(block, p[_NUMEL] - start)
             if length <= 0:
                 break
+            _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
+            _unpack_keys(words, keys)
             g = bucket[p[_OFFSET] + start : p[_OFFSET] + start + length]
             if len(factors):
                 row, col, at = start // p[_COLS], start % p[_COLS], 0
                 while at < length:
                     end = min(length, at + p[_COLS] - col)
                     cols = factors[p[_FACTOR] + p[_ROWS] + col :]
-                    _whiten(g[at:end], factors[p[_FACTOR] + row], cols, x[at:end])
+                    _add_bound(g[at:end], factors[p[_FACTOR] + row], cols, keys[at:], y[t, at:])
                     row, col, at = row + 1, 0, end
             else:
-                x[:length] = g
-            x[length:] = _F32(0)
-            _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
-            _bind_and_add(x, words, y[t])
+                for i in range(length):
+                    y[t, i] += g[i] * keys[i]
         _rotate(y[t], spare)
 
 
@@ -164,7 +193,7 @@ def _decode(
     gain: float,
 ) -> None:
     bundle, block = table[-1, 0], y.shape[1]
-    words, x = np.empty(block // 32, _U32), np.empty(block, _F32)
+    words, keys = np.empty(block // 32, _U32), np.empty(block, _F32)
     rotated, spare = np.empty(block, _F32), np.empty(block, _F32)
     for t in range(first, last):
         p = table[owner[t]]
@@ -179,17 +208,18 @@ def _decode(
             if length <= 0:
                 break
             _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
-            _bind(rotated, words, x)
+            _unpack_keys(words, keys)
             g = bucket[p[_OFFSET] + start : p[_OFFSET] + start + length]
             if len(factors):
                 row, col, at = start // p[_COLS], start % p[_COLS], 0
                 while at < length:
                     end = min(length, at + p[_COLS] - col)
                     cols = factors[p[_FACTOR] + p[_ROWS] + col :]
-                    _whiten(x[at:end], factors[p[_FACTOR] + row], cols, g[at:end])
+                    _unbind(rotated[at:], keys[at:], factors[p[_FACTOR] + row], cols, g[at:end])
                     row, col, at = row + 1, 0, end
             else:
-                g[:] = x[:length]
+                for i in range(length):
+                    g[i] = rotated[i] * keys[i]
 
 
 @compiled
@@ -198,17 +228,6 @@ def _rotate_rows(first: int, last: int, y: Array, out: Array) -> None:
     for t in range(first, last):
         out[t] = y[t]
         _rotate(out[t], spare)
-
-
-@compiled
-def _sum(x_K: Array) -> Any:
-    """`ternary.row_sums` of one row; overwrites it."""
-    half = len(x_K)
-    while half > 1:
-        half //= 2
-        for i in range(half):
-            x_K[i] += x_K[half + i]
-    return x_K[0]
 
 
 @compiled
@@ -304,9 +323,15 @@ class NumbaBucket:
             (s.offset, s.numel, s.num_cols, s.num_rows, s.start // self._block, s.num_dims, s.first_factor, s.name_hash)
             for s in layout.compressed
         ]
+        self._num_factors = layout.num_factors
         self._table = np.array([*rows, (layout.bundle, *[0] * 7)], np.int64)
         counts = [s.num_dims // self._block for s in layout.compressed]
         self._owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+
+    def mean_squares(self, bucket_N: Tensor) -> Tensor:
+        found = np.zeros(self._num_factors, np.float64)
+        _mean_squares(bucket_N.float().numpy(), self._table, found)
+        return torch.from_numpy(found).bfloat16().float()
 
     def keys(self, step: int) -> Keys:
         return Keys(step, torch.empty(0, dtype=torch.int32))

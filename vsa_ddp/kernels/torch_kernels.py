@@ -15,6 +15,7 @@ from torch import Tensor
 from vsa_ddp import hypervector, packing, ternary
 from vsa_ddp.kernels.interface import Keys
 from vsa_ddp.layout import BucketLayout, Slice
+from vsa_ddp.whitening import mean_squares
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class TorchBucket:
         # tables are cached on this stream: the callbacks' streams do not wait for each other
         packing.trits_of_byte(device)
         hypervector.unpack_keys(self._counters.new_zeros(1, dtype=torch.int32))
+
+    def mean_squares(self, bucket_N: Tensor) -> Tensor:
+        return mean_squares(self._layout, bucket_N)
 
     def keys(self, step: int) -> Keys:
         return Keys(step, hypervector.key_words(self._counters, self._streams, step, self._seed))
