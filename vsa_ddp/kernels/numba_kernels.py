@@ -7,6 +7,7 @@ rows are shared out among as many threads as torch has (`torch.set_num_threads`)
 Shape letters: as in `interface`.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,13 +86,12 @@ def _rotate(y_K: Array, spare_K: Array) -> None:
     while 1 << stages < block:
         stages += 1
     shift = min(24 - stages - ((peak >> 23) - 126), 116)
-    powers = np.array([127 + shift << 23, 127 - shift << 23], np.int32).view(_F32)
+    scale, unit = _F32(math.ldexp(1.0, shift)), _F32(math.ldexp(1.0, -shift)) * _F32(block**-0.5)
     for i in range(block):
-        y_K[i] = np.rint(y_K[i] * powers[0])
+        y_K[i] = np.rint(y_K[i] * scale)
     for _ in range(stages // 2):
         _butterflies(y_K, spare_K)
         _butterflies(spare_K, y_K)
-    unit = powers[1] * _F32(block**-0.5)
     if stages % 2:
         _butterflies(y_K, spare_K)
         for i in range(block):
