@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vsa_ddp.cost import CPU_CORE, Advice, LinkSpeed, advise
-from vsa_ddp.hypervector import rotate
+from vsa_ddp.kernels import load_kernels
 from vsa_ddp.stats import ByteCounter
 from vsa_ddp.wires import Link
 
@@ -50,7 +50,8 @@ def measure_slowdown(group: dist.ProcessGroup, device: torch.device) -> float:
 
 
 def rotation_s(device: torch.device) -> float:
-    """Seconds of one rotation of 2**20 elements, the least of several."""
+    """Seconds of one rotation of 2**20 elements by the fastest backend that is there, the least of several."""
+    rotate = load_kernels("auto", device).rotate
     y_TK = torch.zeros(_ROTATED // 1024, 1024, device=device)
     rotate(y_TK)
     return min(_seconds(lambda: rotate(y_TK), device) for _ in range(5))
