@@ -1,0 +1,413 @@
+"""Loss against bytes: every method on every task, each at its own best learning rate, over seeds.
+
+    python -m benchmarks.bench_training --quick                     # one task, few steps, only printed
+    python -m benchmarks.bench_training --full                      # all of it into benchmarks/results: days of 2 cores
+    python -m benchmarks.bench_training --full --suite adamw-char --hours 2
+    python -m benchmarks.bench_training --report                    # rebuild page and plots from the stored runs
+
+The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
+them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
+its best is at an end; the other seeds run at the best. Every run is stored as it ends, and a benchmark that was stopped
+goes on where it was.
+"""
+
+import itertools
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import rivals
+from benchmarks.lockstep import LockstepHook, Shapes
+from benchmarks.rivals import Averager
+from benchmarks.store import Store
+from benchmarks.tasks import TASKS
+from launch.cli import run_command
+from launch.train import schedule
+from vsa_ddp import VsaConfig, learning_rate_factor
+from vsa_ddp.register import FAMILY_SETTINGS
+
+RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
+SEEDS = (0, 1, 2)
+OptimizerName = Literal["adamw", "sgd"]
+Run = dict[str, Any]
+
+METHODS = (
+    "dense",
+    "bf16",
+    *(f"vsa {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
+    *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
+    "terngrad",
+    "drive",
+    "ef-sign",
+    "top-1%",
+    *(f"local {period}" for period in (20, 80, 320, 1280)),
+    "alone",
+)
+"""With their bundle, rank or steps between averages. "alone": no communication at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run."""
+
+    task: str
+    optimizer: OptimizerName
+    method: str
+    lr: float
+    momentum: float
+    """beta1 of AdamW."""
+    steps: int
+    world_size: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A task with an optimizer, for all methods."""
+
+    task: str
+    optimizer: OptimizerName
+    steps: int
+    base_lr: float
+    """Where the search begins: times two to the halves."""
+    momenta: tuple[float, ...] = (0.9,)
+    world_size: int = 4
+    methods: tuple[str, ...] = METHODS
+
+    def matches(self, run: Run) -> bool:
+        same = ("task", "optimizer", "steps", "world_size")
+        return all(run[name] == getattr(self, name) for name in same)
+
+
+_FEWER = ("dense", "vsa 1", "vsa 4", "vsa 16", "powersgd 1", "powersgd 4", "drive", "local 80", "alone")
+SUITES = {
+    "adamw-char": Suite(task="transformer", optimizer="adamw", steps=2000, base_lr=4e-3, momenta=(0.9, 0.8)),
+    "adamw-char-short": Suite(task="transformer", optimizer="adamw", steps=400, base_lr=4e-3),
+    "sgd-char": Suite(task="transformer", optimizer="sgd", steps=400, base_lr=0.1),
+    "sgd-digits": Suite(task="digits", optimizer="sgd", steps=300, base_lr=0.05),
+    "adamw-digits": Suite(task="digits", optimizer="adamw", steps=300, base_lr=2e-3),
+    "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3),
+    "adamw-large": Suite(task="large batch", optimizer="adamw", steps=200, base_lr=4e-3, methods=_FEWER),
+    "adamw-char-16": Suite(
+        task="transformer", optimizer="adamw", steps=400, base_lr=4e-3, world_size=16, methods=_FEWER
+    ),
+}
+
+
+# Running
+
+
+def make_averager(trial: Trial, shapes: Shapes) -> Averager:
+    name, _, number = trial.method.partition(" ")
+    if name == "vsa":
+        family = FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
+        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family))
+    if name == "powersgd":
+        return rivals.PowerSGD(shapes, trial.seed, int(number))
+    kinds = {
+        "dense": rivals.Dense,
+        "bf16": rivals.Bf16,
+        "terngrad": rivals.TernGrad,
+        "drive": rivals.RotatedSign,
+        "ef-sign": rivals.ErrorFeedbackSign,
+        "top-1%": rivals.TopK,
+    }
+    return kinds[name](shapes, trial.seed)
+
+
+def period(method: str) -> int | None:
+    """Steps between averages of the weights; None for methods that average gradients."""
+    name, _, number = method.partition(" ")
+    return {"local": int(number or 0), "alone": 0}.get(name)
+
+
+def make_optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+    if trial.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), trial.lr, betas=(trial.momentum, 0.95), weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), trial.lr, momentum=trial.momentum)
+
+
+def run(trial: Trial) -> Run:
+    """Train. Losses are None once a loss was not finite or far above where it began."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    losses, sent_bytes, models = (train_apart if period(trial.method) is not None else train_together)(trial)
+    good = all(math.isfinite(loss) for loss in losses) and len(losses) == trial.steps
+    num_parameters = sum(p.numel() for p in models[0].parameters())
+    return {
+        **asdict(trial),
+        "heldout_loss": TASKS[trial.task].heldout_loss(models[0]) if good else None,
+        "train_loss": statistics.mean(losses[-max(1, trial.steps // 10) :]) if good else None,
+        "losses": [statistics.mean(losses[i : i + 10]) for i in range(0, len(losses), 10)],
+        "sent_bytes_per_step": sent_bytes / trial.steps,
+        "num_parameters": num_parameters,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
+    """One model, on which the ranks' gradients are averaged."""
+    task = TASKS[trial.task]
+    torch.manual_seed(trial.seed)
+    model = task.model()
+    parameters = list(model.parameters())
+    averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
+    optimizer = make_optimizer(model, trial)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))
+    orders = rank_orders(trial)
+    gradient_WN = torch.empty(trial.world_size, sum(p.numel() for p in parameters))
+    losses: list[float] = []
+    for _ in range(trial.steps):
+        total = 0.0
+        for order, gradient_N in zip(orders, gradient_WN, strict=True):
+            loss = task.loss(model, order)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.cat([p.grad.flatten() for p in parameters if p.grad is not None], out=gradient_N)
+            total += loss.item() / trial.world_size
+        losses.append(total)
+        if diverged(losses):
+            break
+        mean_N = averager.average(gradient_WN)
+        for p, mean in zip(parameters, mean_N.split([p.numel() for p in parameters]), strict=True):
+            p.grad = mean.view_as(p)
+        optimizer.step()
+        scheduler.step()
+    return losses, averager.sent_bytes, [model]
+
+
+def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
+    """A model for each rank; weights are averaged every so many steps and at the end, or never."""
+    task, every = TASKS[trial.task], period(trial.method)
+    models, optimizers, schedulers = [], [], []
+    for _ in range(trial.world_size):
+        torch.manual_seed(trial.seed)
+        models.append(task.model())
+        optimizers.append(make_optimizer(models[-1], trial))
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
+        schedulers.append(rate)
+    orders, losses, sent_bytes = rank_orders(trial), [], 0.0
+    for step in range(1, trial.steps + 1):
+        total = 0.0
+        for model, optimizer, scheduler, order in zip(models, optimizers, schedulers, orders, strict=True):
+            loss = task.loss(model, order)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total += loss.item() / trial.world_size
+        losses.append(total)
+        if diverged(losses):
+            break
+        if every and (step % every == 0 or step == trial.steps):
+            sent_bytes += 4 * average_weights(models)
+    return losses, sent_bytes, models
+
+
+@torch.no_grad()
+def average_weights(models: list[nn.Module]) -> int:
+    """Give all models the mean of their weights. Returns how many there are."""
+    for copies in zip(*(model.parameters() for model in models), strict=True):
+        mean = torch.stack(copies).mean(0)
+        for p in copies:
+            p.copy_(mean)
+    return sum(p.numel() for p in models[0].parameters())
+
+
+def rank_orders(trial: Trial) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1000 * trial.seed + rank) for rank in range(trial.world_size)]
+
+
+def diverged(losses: list[float]) -> bool:
+    return not math.isfinite(losses[-1]) or losses[-1] > 3 * losses[0] + 1
+
+
+# Planning
+
+
+def score(run: Run) -> float:
+    return math.inf if run["heldout_loss"] is None else run["heldout_loss"]
+
+
+def start_lr(suite: Suite, method: str) -> float:
+    """The square-root rule for ours with AdamW; the dense rate for all others."""
+    name, _, number = method.partition(" ")
+    if name == "vsa" and suite.optimizer == "adamw":
+        return suite.base_lr * learning_rate_factor(int(number))
+    return suite.base_lr
+
+
+def waiting(suite: Suite, method: str, momentum: float, runs: list[Run]) -> Iterator[Trial]:
+    """What can be run now: the grid with the first seed, its extension while the best is at an end, other seeds."""
+    mine = [r for r in runs if suite.matches(r) and (r["method"], r["momentum"]) == (method, momentum)]
+    start = start_lr(suite, method)
+    trial = Trial(
+        task=suite.task,
+        optimizer=suite.optimizer,
+        method=method,
+        lr=start,
+        momentum=momentum,
+        steps=suite.steps,
+        world_size=suite.world_size,
+    )
+    first = {round(2 * math.log2(r["lr"] / start)): r for r in mine if r["seed"] == SEEDS[0]}
+    wanted = {-1, 0, 1} - first.keys()
+    if not wanted:
+        best = min(first, key=lambda k: score(first[k]))
+        wanted = {best - 1, best + 1} - first.keys()
+        if not wanted and score(first[best]) < math.inf:
+            lr = first[best]["lr"]
+            done = {r["seed"] for r in mine if r["lr"] == lr}
+            yield from (replace(trial, lr=lr, seed=seed) for seed in SEEDS if seed not in done)
+            return
+    yield from (replace(trial, lr=start * 2 ** (k / 2)) for k in sorted(wanted) if abs(k) <= 8)
+
+
+def plan(suites: list[Suite], runs: list[Run]) -> list[Trial]:
+    return [
+        trial
+        for suite in suites
+        for method, momentum in itertools.product(suite.methods, suite.momenta)
+        for trial in waiting(suite, method, momentum, runs)
+    ]
+
+
+def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
+    """Run what is planned, some at a time, until nothing is left or the time is up."""
+    deadline = time.monotonic() + seconds
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
+        running: dict[Future[Run], Trial] = {}
+        while True:
+            planned = [t for t in plan(suites, store.list) if t not in running.values()]
+            if time.monotonic() < deadline:
+                for trial in planned[: jobs - len(running)]:
+                    running[pool.submit(run, trial)] = trial
+            if not running:
+                break
+            bar.total = len(store.list) + len(running) + len(planned)
+            bar.set_postfix_str(", ".join(f"{t.method} {t.lr:.2g}" for t in running.values()))
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                store.add(done.result())
+                del running[done]
+                bar.update()
+
+
+# Reporting
+
+
+def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
+    """All seeds at the learning rate and momentum that have all seeds and the least mean loss."""
+    groups: dict[tuple[float, float], list[Run]] = {}
+    for r in runs:
+        if suite.matches(r) and r["method"] == method:
+            groups.setdefault((r["lr"], r["momentum"]), []).append(r)
+    full = [g for g in groups.values() if {r["seed"] for r in g} >= set(SEEDS)] or list(groups.values())
+    return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables of a results file, as Markdown."""
+    lines = ["# Loss against bytes: every method at its own best learning rate", ""]
+    lines += ["`python -m benchmarks.bench_training` wrote the runs, `--report` this page.", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    for name, suite in SUITES.items():
+        found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
+        if not any(found.values()):
+            continue
+        lines += ["", f"## {name}: {suite.task}, {suite.optimizer}, {suite.steps} steps, {suite.world_size} ranks", ""]
+        lines += ["| method | compression | learning rate | momentum | held-out loss (seeds) | against dense |"]
+        lines += ["|---|---|---|---|---|---|"]
+        dense = statistics.mean(map(score, found["dense"])) if found["dense"] else math.nan
+        for method, runs in found.items():
+            if not runs:
+                continue
+            mean = statistics.mean(map(score, runs))
+            each = ", ".join(f"{score(r):.3f}" for r in sorted(runs, key=lambda r: r["seed"]))
+            lines.append(
+                f"| {method} | {_compression(runs)} | {runs[0]['lr']:.4g} | {runs[0]['momentum']:g} | "
+                f"{mean:.3f} ({each}) | {100 * (mean / dense - 1):+.1f} % |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _compression(runs: list[Run]) -> str:
+    sent = runs[0]["sent_bytes_per_step"]
+    return f"{4 * runs[0]['num_parameters'] / sent:.1f} x" if sent else "nothing sent"
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Held-out loss against compression, a panel for each suite."""
+    suites = {n: s for n, s in SUITES.items() if best_runs(s, "dense", results["runs"])}
+    if not suites:
+        return
+    figure, panels = plt.subplots(1, len(suites), figsize=(5 * len(suites), 4), squeeze=False, layout="constrained")
+    for (name, suite), panel in zip(suites.items(), panels[0], strict=True):
+        families: dict[str, list[tuple[float, Tensor]]] = {}
+        for method in METHODS:
+            runs = best_runs(suite, method, results["runs"])
+            if not runs or not all(math.isfinite(score(r)) for r in runs):
+                continue
+            losses = torch.tensor([score(r) for r in runs])
+            if sent := runs[0]["sent_bytes_per_step"]:
+                at = 4 * runs[0]["num_parameters"] / sent
+                families.setdefault(method.split()[0], []).append((at, losses))
+            else:
+                panel.axhline(losses.mean(), color="grey", linestyle=":", label="no communication")
+        for family, points in families.items():
+            points.sort(key=lambda point: point[0])
+            mean = torch.stack([losses.mean() for _, losses in points])
+            spread = torch.stack([losses.max() - losses.min() for _, losses in points]) / 2
+            thick = 2.5 if family == "vsa" else 1
+            panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
+        panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss", title=name)
+        panel.legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Digits, 40 steps, four methods, one seed; printed.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every suite, or those named.")] = False,
+    suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
+    hours: Annotated[float, typer.Option(min=0, help="Begin no run after so long.")] = 1000.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
+    rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild page and plots.")] = False,
+) -> None:
+    """Compare what every method loses for the bytes it saves."""
+    if quick + full + rebuild != 1:
+        raise typer.BadParameter("choose one of --quick, --full and --report.")
+    if unknown := set(suite or ()) - SUITES.keys():
+        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
+    if full:
+        work([SUITES[name] for name in suite or SUITES], store, jobs, hours * 3600)
+    elif quick:
+        base = SUITES["sgd-digits"]
+        for method in tqdm(("dense", "vsa 4", "powersgd 1", "local 20"), unit="run"):
+            trial = Trial(
+                task=base.task, optimizer=base.optimizer, method=method, lr=base.base_lr, momentum=0.9, steps=40
+            )
+            store.add(run(trial))
+        typer.echo("\n".join(f"{r['method']}: {score(r):.3f}, {_compression([r])}" for r in store.list))
+        return
+    store.write_page(report)
+    if store.file is not None:
+        plot(store.results, store.file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,179 @@
+"""Other ways of averaging gradients, for ranks in one process: each written from its paper, bytes as it would send.
+
+Every method takes the ranks' gradients and returns the one that all ranks go on with. Matrices are compressed, what has
+one dimension travels as it is, as in `vsa_ddp`. What they pack is counted at the density that a good implementation
+would reach: 1.6 bits for a ternary value, 1 for a sign.
+
+Shape letters: W ranks, N elements of the gradient, R x C a matrix.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.lockstep import Shapes
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.hypervector import rotate
+from vsa_ddp.layout import is_compressed
+
+
+class Averager(Protocol):
+    """A method at work on W ranks in one process."""
+
+    sent_bytes: float
+    """Handed over by one rank so far."""
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        """The gradient that every rank goes on with. May overwrite what it is given. Shapes: (W, N) -> (N,)."""
+
+
+class _Rival:
+    """Splits the gradient into parameters."""
+
+    def __init__(self, shapes: Shapes, seed: int = 0) -> None:
+        self._shapes = shapes
+        self._random = torch.Generator().manual_seed(seed)
+        self.sent_bytes = 0.0
+        self.step = 0
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        mean_N = torch.empty_like(gradient_WN[0])
+        start = 0
+        for name, shape in self._shapes:
+            end = start + math.prod(shape)
+            part = gradient_WN[:, start:end]
+            if is_compressed(shape, VsaConfig()):
+                mean_N[start:end] = self.average_matrix(name, part.reshape(len(part), shape[0], -1)).flatten()
+            else:
+                mean_N[start:end] = part.mean(0)
+                self.sent_bytes += 4 * (end - start)
+            start = end
+        self.step += 1
+        return mean_N
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        """Shapes: (W, R, C) -> (R, C)."""
+        raise NotImplementedError
+
+
+class Dense(_Rival):
+    """A plain all-reduce."""
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        self.sent_bytes += 4 * g_WRC[0].numel()
+        return g_WRC.mean(0)
+
+
+class Bf16(_Rival):
+    """Cast to bfloat16 and summed in it, as torch's hook does."""
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        self.sent_bytes += 2 * g_WRC[0].numel()
+        total = torch.zeros_like(g_WRC[0], dtype=torch.bfloat16)
+        for g_RC in g_WRC:
+            total += g_RC.bfloat16() / len(g_WRC)
+        return total.float()
+
+
+class PowerSGD(_Rival):
+    """Rank r, warm start, error feedback, exact for two steps. Source: Vogels et al. 2019, arXiv:1905.13727, as in
+    torch's powerSGD_hook with its defaults."""
+
+    def __init__(self, shapes: Shapes, seed: int = 0, rank: int = 4, start_step: int = 2) -> None:
+        super().__init__(shapes, seed)
+        self._rank, self._start_step = rank, start_step
+        self._q: dict[str, Tensor] = {}
+        self._error: dict[str, Tensor] = {}
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        _, rows, cols = g_WRC.shape
+        rank = min(rows, cols, self._rank)
+        if self.step < self._start_step or (rows + cols) * rank * 2 > rows * cols:
+            self.sent_bytes += 4 * rows * cols
+            return g_WRC.mean(0)
+        m_WRC = g_WRC + self._error[name] if name in self._error else g_WRC
+        q_Cr = self._q.get(name)
+        if q_Cr is None:
+            q_Cr = torch.linalg.qr(torch.randn(cols, rank, generator=self._random)).Q
+        p_Rr = torch.linalg.qr((m_WRC @ q_Cr).mean(0)).Q
+        q_Cr = (m_WRC.mT @ p_Rr).mean(0)
+        self.sent_bytes += 4 * rank * (rows + cols)
+        self._q[name] = torch.linalg.qr(q_Cr).Q
+        mean_RC = p_Rr @ q_Cr.T
+        self._error[name] = m_WRC - mean_RC
+        return mean_RC
+
+
+class TernGrad(_Rival):
+    """Stochastic ternary at the greatest magnitude after clipping at 2.5 standard deviations, one scale for all ranks.
+    Source: Wen et al. 2017, arXiv:1705.07878."""
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        limit_W11 = 2.5 * g_WRC.flatten(1).std(1)[:, None, None]
+        clipped = g_WRC.clamp(-limit_W11, limit_W11)
+        scale = clipped.abs().max()
+        kept = torch.rand(g_WRC.shape, generator=self._random) * scale < clipped.abs()
+        self.sent_bytes += 0.2 * g_WRC[0].numel() + 4
+        return (clipped.sign() * kept).mean(0) * scale
+
+
+class _ErrorFeedback(_Rival):
+    """Keeps what was not sent, on each rank."""
+
+    def __init__(self, shapes: Shapes, seed: int = 0) -> None:
+        super().__init__(shapes, seed)
+        self._error: dict[str, Tensor] = {}
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        wanted = g_WRC + self._error[name] if name in self._error else g_WRC
+        sent = self.compress(wanted)
+        self._error[name] = wanted - sent
+        return sent.mean(0)
+
+    def compress(self, wanted_WRC: Tensor) -> Tensor:
+        """What each rank sends, decompressed. Shapes: (W, R, C) -> (W, R, C)."""
+        raise NotImplementedError
+
+
+class ErrorFeedbackSign(_ErrorFeedback):
+    """Signs times the mean magnitude of the tensor. Source: Karimireddy et al. 2019, arXiv:1901.09847."""
+
+    def compress(self, wanted_WRC: Tensor) -> Tensor:
+        self.sent_bytes += wanted_WRC[0].numel() / 8 + 4
+        return wanted_WRC.sign() * wanted_WRC.abs().mean((1, 2), keepdim=True)
+
+
+class TopK(_ErrorFeedback):
+    """The largest hundredth of each tensor's elements, a value and an index of 4 bytes each. Source: Stich et al. 2018,
+    arXiv:1809.07599."""
+
+    share = 0.01
+
+    def compress(self, wanted_WRC: Tensor) -> Tensor:
+        flat = wanted_WRC.flatten(1)
+        count = max(1, round(self.share * flat.shape[1]))
+        index = flat.abs().topk(count).indices
+        self.sent_bytes += 8 * count
+        return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index)).view_as(wanted_WRC)
+
+
+class RotatedSign(_Rival):
+    """One bit after a random rotation in blocks of 1024, at the unbiased scale. Source: DRIVE, Vargaftik et al. 2021,
+    arXiv:2105.08339."""
+
+    block = 1024
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        w, size = len(g_WRC), g_WRC[0].numel()
+        padded = torch.nn.functional.pad(g_WRC.flatten(1), (0, -size % self.block)).view(w, -1, self.block)
+        signs = torch.randint(0, 2, padded.shape[1:], generator=self._random) * 2.0 - 1
+        total = torch.zeros_like(padded[0])
+        for rank_TK in padded:
+            y_TK = rotate(rank_TK * signs)
+            norm_T1 = y_TK.abs().sum(1, keepdim=True)
+            scale = torch.where(norm_T1 > 0, y_TK.square().sum(1, keepdim=True) / norm_T1, 0.0)
+            total += y_TK.sign() * scale
+        self.sent_bytes += padded[0].numel() / 8 + 2 * len(total)
+        return (rotate(total / w) * signs).flatten()[:size].view_as(g_WRC[0])

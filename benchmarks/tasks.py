@@ -1,0 +1,128 @@
+"""What the methods are compared on: small models on data that needs no download, the same for every method.
+
+Shape letters: N batch, L sequence length, E model width, V characters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from launch.charlm import NUM_CHARACTERS, CharTransformer, Corpus, windows
+
+_corpus = cache(Corpus)
+
+
+class Task(Protocol):
+    """A model and its data. Losses are mean cross-entropies in nats."""
+
+    def model(self) -> nn.Module:
+        """A new model, initialised from torch's generator."""
+
+    def loss(self, model: nn.Module, order: torch.Generator) -> Tensor:
+        """Of one rank's next batch; `order` is that rank's own."""
+
+    def heldout_loss(self, model: nn.Module) -> float:
+        """Of data that no rank trains on, always the same."""
+
+
+@dataclass(frozen=True)
+class CharTask:
+    """Next characters of Python's standard library."""
+
+    make: Callable[[], nn.Module]
+    batch: int = 8
+    length: int = 64
+    heldout_windows: int = 1024
+
+    def model(self) -> nn.Module:
+        return self.make()
+
+    def loss(self, model: nn.Module, order: torch.Generator) -> Tensor:
+        loss: Tensor = model(*windows(_corpus().train, self.batch, self.length, order))
+        return loss
+
+    @torch.no_grad()
+    def heldout_loss(self, model: nn.Module) -> float:
+        fixed = torch.Generator().manual_seed(0)
+        at_once = min(64, self.heldout_windows)
+        rounds = self.heldout_windows // at_once
+        batches = (windows(_corpus().heldout, at_once, self.length, fixed) for _ in range(rounds))
+        return sum(model(*batch).item() for batch in batches) / rounds
+
+
+class CharLSTM(nn.Module):
+    """A recurrent language model. Returns the mean cross-entropy."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(NUM_CHARACTERS, width)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.head = nn.Linear(width, NUM_CHARACTERS)
+
+    def forward(self, x_NL: Tensor, target_NL: Tensor) -> Tensor:
+        h_NLE, _ = self.lstm(self.embed(x_NL))
+        return F.cross_entropy(self.head(h_NLE).flatten(0, 1), target_NL.flatten())
+
+
+class DigitsCNN(nn.Sequential):
+    """Two convolutions and two layers, for 8 x 8 images of ten digits."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 16, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits, shuffled once. Shapes: (1797, 1, 8, 8) float32 of 0..1, (1797,) int64."""
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(images).float().view(-1, 1, 8, 8)[order] / 16, torch.tensor(labels)[order]
+
+
+@dataclass(frozen=True)
+class DigitsTask:
+    """Handwritten digits; the last 360 of them are held out."""
+
+    batch: int = 32
+    heldout: int = 360
+
+    def model(self) -> nn.Module:
+        return DigitsCNN()
+
+    def loss(self, model: nn.Module, order: torch.Generator) -> Tensor:
+        images, labels = _digits()
+        chosen = torch.randint(len(labels) - self.heldout, (self.batch,), generator=order)
+        return F.cross_entropy(model(images[chosen]), labels[chosen])
+
+    @torch.no_grad()
+    def heldout_loss(self, model: nn.Module) -> float:
+        images, labels = _digits()
+        return F.cross_entropy(model(images[-self.heldout :]), labels[-self.heldout :]).item()
+
+
+def transformer() -> nn.Module:
+    return CharTransformer(width=64, num_layers=8, num_heads=4, length=64)
+
+
+TASKS: dict[str, Task] = {
+    "transformer": CharTask(transformer),
+    "large batch": CharTask(transformer, batch=64),
+    "lstm": CharTask(lambda: CharLSTM(128)),
+    "digits": DigitsTask(),
+}
