@@ -3,6 +3,8 @@
 Shape letters: N elements of the bucket, E of them exact, S row and column factors, T rotation blocks of K elements.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,6 @@ class Codec:
         self._bucket = kernels.for_bucket(layout, config.seed, device)
         ranges = [torch.arange(s.offset, s.offset + s.numel, device=device) for s in layout.exact]
         self._exact_E = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device=device)
-        fresh = range(layout.bundle, layout.bundle + 1)
-        self._fresh_counters, self._fresh_streams = hypervector.key_counters(layout, fresh, device)
         self._factors_2S: Tensor | None = None
         if config.whiten:
             # what encode multiplies by, and decode; kept in place, since other streams may still read them
@@ -53,13 +53,18 @@ class Codec:
         """What the whitening is made of, measured on this rank. Shapes: the bucket -> (S,) float32."""
         return self._bucket.mean_squares(bucket_N)
 
+    @cached_property
+    def _fresh_counters(self) -> tuple[Tensor, Tensor]:
+        slot = self.layout.bundle
+        return hypervector.key_counters(self.layout, range(slot, slot + 1), self._exact_E.device)
+
     def keys(self, step: int) -> Keys:
         """The step's keys: the same on every rank, never sent."""
         return self._bucket.keys(step)
 
     def fresh_keys(self, step: int) -> Tensor:
         """The step's keys of one slot more, for a second rounding. Shapes: -> (T, K / 32) int32."""
-        words = hypervector.key_words(self._fresh_counters, self._fresh_streams, step, self._config.seed)
+        words = hypervector.key_words(*self._fresh_counters, step, self._config.seed)
         return words.view(-1, self.layout.rotation_block // 32)
 
     def encode(self, bucket_N: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
