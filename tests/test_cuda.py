@@ -70,3 +70,33 @@ def test_gradients_are_right_on_cuda(
                 # noise/signal 0.23 and 3.94 of a rank's gradient; the first step at an unknown sigma 0.57 and 5.3
                 assert cosine > (0.6 if bundle == 1 else 0.25), (step, name)
                 assert 0.6 < length < (1.7 if bundle == 1 else 4.0), (step, name)
+
+
+def parameters_that_differ(
+    rank: int, world_size: int, dtype: torch.dtype, wire: str, bundle: int
+) -> list[tuple[int, str]]:
+    """Steps and parameters where the gradients of the torch and the triton backend are not the same, bit for bit."""
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.backends.cudnn.deterministic = True  # else the convolution's own gradients may differ
+    by_torch, by_triton = (DDP(net().to("cuda", dtype), bucket_cap_mb=0.05) for _ in range(2))
+    vsa_ddp.register(by_torch, bundle=bundle, wire=wire, backend="torch")
+    vsa_ddp.register(by_triton, bundle=bundle, wire=wire, backend="triton")
+    different = []
+    for step in range(6):
+        x, target = (t.to("cuda", dtype) for t in batch(step, rank))
+        for model in (by_torch, by_triton):
+            model.zero_grad()
+            (model(x) - target).square().mean().backward()
+        reference, mine = gradients(by_torch), gradients(by_triton)
+        different += [(step, name) for name in reference if not torch.equal(mine[name], reference[name])]
+    return different
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bundle", [1, 3])
+@pytest.mark.parametrize("wire", sorted(WIRES))
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_triton_has_the_bits_of_torch_under_ddp(
+    tmp_path: Path, dtype: torch.dtype, bundle: int, wire: str, backend: str
+) -> None:
+    assert run_ranks(parameters_that_differ, 1, tmp_path, dtype, wire, bundle, backend=backend) == [[]]

@@ -1,6 +1,6 @@
 """The backends calculate the same bits, at any size, in any dtype, in any number of threads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,21 +19,26 @@ SHAPES = [(70, 33), (5,), (1, 5000), (3000, 3), (12, 4, 5, 6), (257, 129)]
 
 
 def passes(
-    kernels: Kernels, config: VsaConfig, dtype: torch.dtype = torch.float32, num_ranks: int = 2
+    kernels: Kernels,
+    config: VsaConfig,
+    dtype: torch.dtype = torch.float32,
+    num_ranks: int = 2,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Every pass of a backend over a bucket of awkward parameters, from the same gradients."""
     block = config.rotation_block
-    layout = plan_bucket(tuple((str(index), shape) for index, shape in enumerate(SHAPES)), config)
+    layout = plan_bucket(tuple((str(index), shape) for index, shape in enumerate(shapes)), config)
     generator = torch.Generator().manual_seed(0)
-    gradient_N = torch.randn(sum(s.numel for s in layout.slices), generator=generator).to(dtype)
-    factors_S = torch.rand(layout.num_factors, generator=generator) + 0.5
-    bucket = kernels.for_bucket(layout, 2**40 + config.seed, CPU)
+    gradient_N = torch.randn(sum(s.numel for s in layout.slices), generator=generator).to(device, dtype)
+    factors_S = torch.rand(layout.num_factors, generator=generator).to(device) + 0.5
+    bucket = kernels.for_bucket(layout, 2**40 + config.seed, device)
     keys = bucket.keys(2**33 + 3)
     found = {"scales": bucket.mean_squares(gradient_N)}
     found |= {"y": bucket.encode(gradient_N, factors_S, keys), "unwhitened": bucket.encode(gradient_N, None, keys)}
     found["rotated"] = kernels.rotate(found["y"])
     packed_TP, found["energy"], found["kept"] = kernels.quantize(found["y"])
-    sigma_T = torch.linspace(0, 2, len(packed_TP))
+    sigma_T = torch.linspace(0, 2, len(packed_TP)).to(device)
     found["at sigma"] = kernels.quantize(found["y"], sigma_T)[0]
     found["lanes"], _, found["kept at sigma"] = kernels.quantize_to_digits(found["y"], sigma_T, num_ranks)
     found["sums"] = kernels.sums_of_digits(found["lanes"] * num_ranks, block, num_ranks)
@@ -45,7 +50,7 @@ def passes(
     for name, factors, gain in (("decoded", factors_S, 0.7), ("plain", None, 1.0)):
         found[name] = torch.full_like(gradient_N, -7)
         bucket.decode_(found[name], factors, keys, found["mean"], gain)
-    return {**found, "packed": packed_TP}
+    return {name: tensor.cpu() for name, tensor in {**found, "packed": packed_TP}.items()}
 
 
 @contextmanager

@@ -1,0 +1,119 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""What the triton kernels share: functions of one row of a hypervector, in registers.
+
+Every product and sum is the one that `interface` prescribes, if none is contracted with another: launch with
+`enable_fp_fusion=False`.
+
+Shape letters: as in `interface`; n = K / 32 words of a row's keys. STAGES is log2 K.
+"""
+
+import triton
+import triton.language as tl
+
+from vsa_ddp.hypervector import KEYS_PER_COUNTER
+from vsa_ddp.ternary import THRESHOLD
+
+PARAMETER_COLUMNS = tl.constexpr(8)
+_KEYS_PER_COUNTER = tl.constexpr(KEYS_PER_COUNTER)
+_THRESHOLD = tl.constexpr(THRESHOLD)
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2**23: a float32 below 2**22 that it is added to, and taken from again, is rounded half to even."""
+
+
+@triton.jit
+def parameter_of_row(table, owner, row, ALIGN: tl.constexpr):
+    """The columns of the table of parameters, see `TritonBucket`, int64."""
+    p = table + tl.load(owner + row).to(tl.int64) * PARAMETER_COLUMNS
+    offset = tl.multiple_of(tl.load(p), ALIGN)
+    return (
+        offset,
+        tl.load(p + 1),
+        tl.load(p + 2),
+        tl.load(p + 3),
+        tl.load(p + 4),
+        tl.load(p + 5),
+        tl.load(p + 6),
+        tl.load(p + 7),
+    )
+
+
+@triton.jit
+def length_of_row(numel, start, K: tl.constexpr, ALIGN: tl.constexpr):
+    """How many elements of a parameter lie in a row from `start` on, int32."""
+    return tl.multiple_of(tl.minimum(numel - start, K).to(tl.int32), ALIGN)
+
+
+@triton.jit
+def bind(x_K, start, stream, step, seed, K: tl.constexpr):
+    """x times the keys of a row, by their signs; see `hypervector.key_words` and `hypervector.unpack_keys`."""
+    n: tl.constexpr = K // 32
+    counter = (start // _KEYS_PER_COUNTER).to(tl.uint32) + tl.arange(0, n // 4).to(tl.uint32)
+    step = step.to(tl.uint64)
+    a, b, c, d = tl.philox(seed, counter, stream.to(tl.uint32), step.to(tl.uint32), (step >> 32).to(tl.uint32))
+    words_n = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (n,))
+    signs = (words_n[None, :] << (31 - tl.arange(0, 32)).to(tl.uint32)[:, None]) & 0x80000000
+    return (x_K.to(tl.uint32, bitcast=True) ^ tl.reshape(signs, (K,))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def whiten(x_K, factors, num_rows, num_cols, start, length, K: tl.constexpr):
+    """x times its row factors, then times its column factors."""
+    i = tl.arange(0, K)
+    row, col = start // num_cols, start % num_cols
+    # elements past the end of the first row, below 2**14: so few that float32 divides them exactly, and sooner
+    beyond = i - tl.minimum(num_cols - col, K).to(tl.int32)
+    rows = tl.where(beyond < 0, 0, 1 + ((beyond + 0.5) * (1.0 / num_cols.to(tl.float32))).to(tl.int32))
+    cols = i - rows * num_cols.to(tl.int32)
+    row_K = tl.load(factors + row + rows, mask=i < length, other=0.0)
+    col_K = tl.load(factors + num_rows + col + cols, mask=i < length, other=0.0)
+    return x_K * row_K * col_K
+
+
+@triton.jit
+def rotate(y_K, K: tl.constexpr, STAGES: tl.constexpr):
+    """`hypervector.rotate` of a row."""
+    peak = tl.max(y_K.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    shift = tl.minimum(24 - STAGES - ((peak >> 23) - 126), 116)
+    scale = ((127 + shift) << 23).to(tl.float32, bitcast=True)
+    unit = ((127 - shift) << 23).to(tl.float32, bitcast=True) * K**-0.5
+    y_K = (y_K * scale + _ROUND) - _ROUND
+    for _ in tl.static_range(STAGES):
+        # after all stages of this one geometry every element is back at its place
+        a, b = tl.split(tl.trans(tl.reshape(y_K, (2, K // 2))))
+        y_K = tl.reshape(tl.join(a + b, a - b), (K,))
+    return y_K * unit
+
+
+@triton.jit
+def row_sum(x_K, K: tl.constexpr, STAGES: tl.constexpr):
+    """`ternary.row_sums` of a row."""
+    for stage in tl.static_range(1, STAGES):
+        x_K = tl.sum(tl.reshape(x_K, (2, K >> stage)), 0)
+    return tl.sum(x_K, 0)
+
+
+@triton.jit
+def measure(y, sigma, energy, kept, row, K: tl.constexpr, STAGES: tl.constexpr):
+    """A row's threshold, of its own sigma if none is given. Stores the energy, and what is kept of it."""
+    y_K = tl.load(y + tl.arange(0, K))
+    total = row_sum(y_K * y_K, K, STAGES)
+    threshold = _THRESHOLD * (tl.sqrt_rn(total * (1.0 / K)) if sigma is None else tl.load(sigma + row))
+    size_K = tl.abs(y_K)
+    tl.store(energy + row, total)
+    tl.store(kept + row, row_sum(tl.where(size_K > threshold, size_K, 0.0), K, STAGES))
+    return threshold
+
+
+@triton.jit
+def digits_at(y, index, threshold, K: tl.constexpr):
+    """Trits plus one of a row's elements, int32; 1 beyond the row. Read again: `measure` left them in the L1 cache."""
+    y = tl.load(y + index, mask=index < K, other=0.0)
+    return 1 + (y > threshold).to(tl.int32) - (y < -threshold).to(tl.int32)
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """x rounded half to even to bfloat16, as int16: triton's interpreter rounds otherwise."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
