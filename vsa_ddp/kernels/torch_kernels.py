@@ -150,4 +150,5 @@ class TorchKernels:
                 y_TK += trits_TK
             else:
                 y_TK.addcmul_(trits_TK, levels_WT[rank].float()[:, None])
-        return y_TK if levels_WT is None else y_TK.div_(num_ranks)
+        # a number would be divided by on a CPU, and its reciprocal multiplied with on a GPU
+        return y_TK if levels_WT is None else y_TK.div_(y_TK.new_full((), num_ranks))

@@ -32,6 +32,7 @@ from vsa_ddp.kernels.triton_rows import (
 )
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE
+from vsa_ddp.whitening import mean_squares
 
 _PER_BYTE = tl.constexpr(TRITS_PER_BYTE)
 _LANES, _ELEMENTS = 256, 1024
@@ -175,7 +176,7 @@ class TritonBucket:
     """The passes over one bucket; see `interface.BucketKernels`."""
 
     def __init__(self, layout: BucketLayout, seed: int, device: torch.device) -> None:
-        self._seed, self._block = seed, layout.rotation_block
+        self._layout, self._seed, self._block = layout, seed, layout.rotation_block
         counts = [s.num_dims // self._block for s in layout.compressed]
         # columns as `triton_rows.parameter_of_row` returns them
         parameters = [
@@ -188,6 +189,9 @@ class TritonBucket:
         # of how many elements all places and sizes are multiples: so many move at once
         self._align = math.gcd(16, *(n for s in layout.compressed for n in (s.offset, s.numel)))
         self._no_words = torch.empty(0, dtype=torch.int32, device=device)
+
+    def mean_squares(self, bucket_N: Tensor) -> Tensor:
+        return mean_squares(self._layout, bucket_N)
 
     def keys(self, step: int) -> Keys:
         return Keys(step, self._no_words)
