@@ -25,7 +25,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
-from benchmarks.store import Store
+from benchmarks.store import Record, Store, find
 from launch.cli import run_command
 from vsa_ddp import cost, probe
 
@@ -60,8 +60,6 @@ WIDTHS = {930: "fit", 1400: "held out", 2048: "fit", 2500: "held out"}
 HEADLINE_PARAMETERS = 10_000_000
 ROUNDS = 5
 
-Record = dict[str, Any]
-
 
 def label(record: Record) -> str:
     name = record["method"]
@@ -95,10 +93,6 @@ def run_setting(hosts: int, mbit: float | None, widths: list[int], rounds: int, 
         job.wait(seconds=1)
         records: list[Record] = json.loads(out.read_text())
     return [{"hosts": hosts, "mbit": mbit, **record} for record in records]
-
-
-def find(records: list[Record], **wanted: Any) -> list[Record]:
-    return [r for r in records if all(r[name] == value for name, value in wanted.items())]
 
 
 def headline(records: list[Record]) -> int:

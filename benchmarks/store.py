@@ -14,6 +14,12 @@ from launch.quickstart import hardware
 _MAY_CHANGE = {"commit", "python", "vsa_ddp", "rotation_s"}
 
 Results = dict[str, Any]
+Record = dict[str, Any]
+
+
+def find(records: list[Record], **wanted: Any) -> list[Record]:
+    """Those records that have all these values."""
+    return [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
 
 
 class Store:

@@ -77,13 +77,15 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """A GPT of the given size. Returns the mean cross-entropy in nats per character."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, length: int) -> None:
+    def __init__(
+        self, width: int, num_layers: int, num_heads: int, length: int, num_characters: int = NUM_CHARACTERS
+    ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(NUM_CHARACTERS, width)
+        self.embed = nn.Embedding(num_characters, width)
         self.position = nn.Parameter(torch.zeros(length, width))
         self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, NUM_CHARACTERS, bias=False)
+        self.head = nn.Linear(width, num_characters, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("proj.weight", "mlp.2.weight"))

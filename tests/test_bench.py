@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, and the pages, the README and the cost model are those of the stored runs."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import typer
 
-from benchmarks import bench_wire, bench_wire_loss
+from benchmarks import bench_codec, bench_wire, bench_wire_loss
+from benchmarks.codec_report import PARTS, REFERENCES
 from benchmarks.netlab import why_not_shaped
-from benchmarks.store import Store
+from benchmarks.store import Store, find
 from vsa_ddp.cost import CPU_CORE
 from vsa_ddp.wires import WIRES
 
@@ -92,7 +94,37 @@ def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
     assert dense["interface_sent"] == pytest.approx(4 * dense["num_parameters"], rel=0.05)
 
 
-@pytest.mark.parametrize("bench", ["bench_wire", "bench_wire_loss", "bench_quickstart"])
+def test_a_quick_run_times_every_method_and_its_report_can_be_rebuilt(tmp_path: Path) -> None:
+    file = tmp_path / "codec.json"
+    command = [sys.executable, "-m", "benchmarks.bench_codec", "--device", "cpu", "--json", str(file)]
+    done = subprocess.run([*command, "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert results["environment"]["cpu_capability"]
+    backends, records = results["environment"]["backends"], results["records"]
+    for dtype, mib in itertools.product(bench_codec.DTYPES, bench_codec.QUICK_MIB):
+        times = find(records, what="time", dtype=dtype, mib=mib)
+        methods = {(r["method"], r["backend"], r["bundle"]) for r in times}
+        assert methods >= set(itertools.product(PARTS, backends, (1, 4)))
+        assert {r["method"] for r in times} >= set(REFERENCES) - ({"bf16 and back"} if dtype == "bfloat16" else set())
+        assert all(len(r["ms"]) == 3 and 0 < min(r["ms"]) <= r["median_ms"] <= max(r["ms"]) for r in times)
+        assert all(r["bucket_bytes"] == pytest.approx(mib * 2**20, rel=0.02) for r in times)
+    for r in find(records, what="memory"):
+        assert 0 < r["kept_bytes"] < (4.5 if r["method"] == "PowerSGD" else 1) * r["num_elements"], r
+        # the error that PowerSGD keeps is not in it: a copy of the bucket and the new error
+        assert r["peak_bytes"] > (2 if r["method"] == "PowerSGD" else 0.5 / r["bundle"]) * r["bucket_bytes"], r
+    assert len(find(records, what="step")) == 2
+
+    page = file.with_suffix(".md")
+    assert page.read_text() == bench_codec.report(results)
+    page.unlink()
+    file.with_suffix(".png").unlink()
+    subprocess.run([*command, "--report"], cwd=ROOT, capture_output=True, timeout=60, check=True)
+    assert page.read_text() == bench_codec.report(results)
+    assert file.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("bench", ["bench_codec", "bench_wire", "bench_wire_loss", "bench_quickstart"])
 def test_help_names_quick_json_and_report(bench: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
