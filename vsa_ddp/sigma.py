@@ -1,7 +1,7 @@
 """Standard deviations of the hypervectors' rows, known to all ranks one step ahead.
 
 A wire that sums trits needs one threshold for all ranks before any of them has spoken. It takes the last step's, which
-came back with the last step's sum: no round trip, and the quantiser hardly minds (see `ternary.quantize_at`). Kept by
+came back with the last step's sum: no round trip, and the quantiser hardly minds (see `ternary.quantize`). Kept by
 parameter: T_p values for its T_p rotation blocks.
 
 Shape letters: T rotation blocks of a bucket.
@@ -28,7 +28,7 @@ class SharedSigma:
         """Take this step's; where it is not finite (an overflow), the last one stays.
 
         It may double at most: after a step that was eight times as loud, a threshold of its size would leave nothing of
-        the next one, while one that is too small does little harm (see `ternary.quantize_at`).
+        the next one, while one that is too small does little harm (see `ternary.quantize`).
         """
         for s in layout.compressed:
             first = s.start // layout.rotation_block

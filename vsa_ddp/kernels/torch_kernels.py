@@ -144,11 +144,12 @@ class TorchKernels:
     def mean_of_packed(self, packed_WTP: Tensor, levels_WT: Tensor | None, block: int) -> Tensor:
         num_ranks, num_rows, _ = packed_WTP.shape
         y_TK = torch.zeros(num_rows, block, dtype=torch.float32, device=packed_WTP.device)
-        for rank in range(num_ranks):
-            trits_TK = packing.unpack_trits(packed_WTP[rank], block)
-            if levels_WT is None:
-                y_TK += trits_TK
-            else:
-                y_TK.addcmul_(trits_TK, levels_WT[rank].float()[:, None])
+        for rows in hypervector.row_slices(y_TK):
+            for rank in range(num_ranks):
+                trits_TK = packing.unpack_trits(packed_WTP[rank, rows], block)
+                if levels_WT is None:
+                    y_TK[rows] += trits_TK
+                else:
+                    y_TK[rows].addcmul_(trits_TK, levels_WT[rank, rows].float()[:, None])
         # a number would be divided by on a CPU, and its reciprocal multiplied with on a GPU
         return y_TK if levels_WT is None else y_TK.div_(y_TK.new_full((), num_ranks))

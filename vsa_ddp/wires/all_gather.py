@@ -25,10 +25,11 @@ class AllGather:
     fresh_keys: ClassVar[bool] = False
 
     def exchange(self, message: Message, link: Link) -> Rounds:
-        kernels = message.kernels
+        kernels, block, w = message.kernels, message.y_TK.shape[1], link.world_size
         packed_TP, energy_T, kept_T = kernels.quantize(message.y_TK, message.sigma_T if self.shared_sigma else None)
         levels = torch.cat([energy_T, kept_T]) if self.shared_sigma else level(energy_T, kept_T)
         mine = Packet(packed_TP, levels.bfloat16(), message.scales_S.bfloat16(), message.exact_E)
+        del message  # or its hypervector would be kept while the packets travel
         future, packets = link.all_gather(pack_packet(mine))
         yield future
 
@@ -36,15 +37,13 @@ class AllGather:
         theirs = unpack_packet(packets, like=mine)
         # In rank order on every rank: the order of a float sum is part of its bits
         levels_sum = torch.zeros_like(levels)
-        exact_E = torch.zeros_like(message.exact_E, dtype=summed_dtype(message.exact_E))
-        scales_S = torch.zeros_like(message.scales_S)
-        for rank in range(link.world_size):
+        exact_E = torch.zeros_like(mine.exact_E, dtype=summed_dtype(mine.exact_E))
+        scales_S = torch.zeros_like(mine.scales_S, dtype=torch.float32)
+        for rank in range(w):
             levels_sum += theirs.levels_T[rank]
             exact_E += theirs.exact_E[rank]
             scales_S += theirs.scales_S[rank]
-        w = link.world_size
-        exact_E, scales_S = (exact_E / w).to(message.exact_E.dtype), scales_S / w
-        block = message.y_TK.shape[1]
+        exact_E, scales_S = (exact_E / w).to(mine.exact_E.dtype), scales_S / w
         if self.shared_sigma:
             sums_TK = kernels.mean_of_packed(theirs.packed_TP, None, block)
             y_TK, sigma_T = mean_of_trits(sums_TK, levels_sum, w)
