@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
     assert dense["interface_sent"] == pytest.approx(4 * dense["num_parameters"], rel=0.05)
 
 
+def test_the_triton_kernels_are_timed_too_by_the_interpreter_where_there_is_no_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "codec.json"
+    command = [sys.executable, "-m", "benchmarks.bench_codec", "--device", "cpu", "--json", str(file), "--quick"]
+    command += ["--backend", "triton", "--no-gpt"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert results["environment"]["backends"] == ["triton"]
+    timed = {(r["dtype"], r["method"], r["bundle"]) for r in find(results["records"], what="time", backend="triton")}
+    assert timed >= set(itertools.product(bench_codec.DTYPES, PARTS, (1, 4)))
+
+
 def test_a_quick_run_times_every_method_and_its_report_can_be_rebuilt(tmp_path: Path) -> None:
     file = tmp_path / "codec.json"
     command = [sys.executable, "-m", "benchmarks.bench_codec", "--device", "cpu", "--json", str(file)]
@@ -124,7 +138,9 @@ def test_a_quick_run_times_every_method_and_its_report_can_be_rebuilt(tmp_path: 
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("bench", ["bench_codec", "bench_wire", "bench_wire_loss", "bench_quickstart"])
+@pytest.mark.parametrize(
+    "bench", ["bench_codec", "bench_training", "bench_wire", "bench_wire_loss", "bench_quickstart"]
+)
 def test_help_names_quick_json_and_report(bench: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -102,9 +102,6 @@ def test_what_a_bucket_holds_is_linear_in_its_size_and_bounded(tmp_path: Path, b
         if backend == "torch":
             # Keys are drawn before: a bit each. Pieces of 2**18 elements pass in several steps
             in_flight, peak, constant = in_flight + 1 / 8, peak + 8 / bundle + 1 / 8, 4 * 2**20
-        elif dtype == torch.bfloat16:
-            # The bucket as float32, beside what is in flight or made of it
-            peak = max(peak, 4 + (4 + 3 * 0.21) / bundle)
         for numel, encoded, whole in sizes:
             assert 2 * 0.2 / bundle <= encoded.left / numel, (dtype, bundle, numel)
             assert encoded.left <= in_flight * numel + 2**16, (dtype, bundle, numel)

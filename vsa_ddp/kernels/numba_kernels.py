@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 from vsa_ddp.cost import digits_per_lane
@@ -30,6 +31,7 @@ from vsa_ddp.ternary import THRESHOLD
 
 _THRESHOLD = np.float32(THRESHOLD)
 _WORDS_PER_COUNTER = KEYS_PER_COUNTER // 32
+_IN_PLACE = (torch.float32, torch.bfloat16)
 _LEAST_ROWS = 32
 """Fewer are not worth a thread."""
 _OFFSET, _NUMEL, _COLS, _ROWS, _FIRST_ROW, _DIMS, _FACTOR, _STREAM = range(8)
@@ -40,6 +42,52 @@ _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _SIGN, _ONE = _U32(0x80000000), _U32(0x3F800000)
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def _read(bucket: Array, start: int, length: int, spare: Array) -> Array:
+    """Elements of a bucket: a view of them, or what bits of bfloat16 stand for, in `spare`."""
+    raise NotImplementedError
+
+
+@overload(_read, strict=False)
+def _compiled_read(bucket: Any, start: Any, length: Any, spare: Any) -> Any:
+    def widen(bucket: Array, start: int, length: int, spare: Array) -> Array:
+        bits = spare.view(_U32)
+        for i in range(length):
+            bits[i] = _U32(bucket[start + i]) << _U32(16)
+        return spare[:length]
+
+    if bucket.dtype == types.uint16:
+        return widen
+    return lambda bucket, start, length, spare: bucket[start : start + length]
+
+
+def _target(bucket: Array, start: int, length: int, spare: Array) -> Array:
+    """Where to put float32 for elements of a bucket: themselves, or `spare` for `_write`."""
+    raise NotImplementedError
+
+
+@overload(_target, strict=False)
+def _compiled_target(bucket: Any, start: Any, length: Any, spare: Any) -> Any:
+    if bucket.dtype == types.uint16:
+        return lambda bucket, start, length, spare: spare[:length]
+    return lambda bucket, start, length, spare: bucket[start : start + length]
+
+
+def _write(bucket: Array, start: int, x: Array) -> None:
+    """Round what was put into `_target`'s `spare` to bits of bfloat16, half to even."""
+    raise NotImplementedError
+
+
+@overload(_write, strict=False)
+def _compiled_write(bucket: Any, start: Any, x: Any) -> Any:
+    def narrow(bucket: Array, start: int, x: Array) -> None:
+        bits = x.view(_U32)
+        for i in range(len(x)):
+            rounded = (bits[i] + _U32(0x7FFF) + ((bits[i] >> _U32(16)) & _U32(1))) >> _U32(16)
+            bucket[start + i] = np.uint16(rounded) if x[i] == x[i] else np.uint16(0x7FC0)
+
+    return narrow if bucket.dtype == types.uint16 else lambda bucket, start, x: None
 
 
 @compiled
@@ -123,9 +171,9 @@ def _mean_squares(bucket: Array, table: Array, out: Array) -> None:
         size = 1
         while size < num_cols:
             size *= 2
-        squared = np.zeros(size, np.float64)
+        squared, spare = np.zeros(size, np.float64), np.empty(size, _F32)
         for r in range(num_rows):
-            x = bucket[p[_OFFSET] + r * num_cols : p[_OFFSET] + (r + 1) * num_cols]
+            x = _read(bucket, p[_OFFSET] + r * num_cols, num_cols, spare)
             for c in range(num_cols):
                 squared[c] = np.float64(x[c]) * np.float64(x[c])
             for c in range(num_cols):
@@ -165,7 +213,7 @@ def _encode(
                 break
             _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
             _unpack_keys(words, keys)
-            g = bucket[p[_OFFSET] + start : p[_OFFSET] + start + length]
+            g = _read(bucket, p[_OFFSET] + start, length, spare)
             if len(factors):
                 row, col, at = start // p[_COLS], start % p[_COLS], 0
                 while at < length:
@@ -209,7 +257,7 @@ def _decode(
                 break
             _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
             _unpack_keys(words, keys)
-            g = bucket[p[_OFFSET] + start : p[_OFFSET] + start + length]
+            g = _target(bucket, p[_OFFSET] + start, length, spare)
             if len(factors):
                 row, col, at = start // p[_COLS], start % p[_COLS], 0
                 while at < length:
@@ -220,6 +268,7 @@ def _decode(
             else:
                 for i in range(length):
                     g[i] = rotated[i] * keys[i]
+            _write(bucket, p[_OFFSET] + start, g)
 
 
 @compiled
@@ -330,7 +379,7 @@ class NumbaBucket:
 
     def mean_squares(self, bucket_N: Tensor) -> Tensor:
         found = np.zeros(self._num_factors, np.float64)
-        _mean_squares(bucket_N.float().numpy(), self._table, found)
+        _mean_squares(_bits(bucket_N), self._table, found)
         return torch.from_numpy(found).bfloat16().float()
 
     def keys(self, step: int) -> Keys:
@@ -338,16 +387,16 @@ class NumbaBucket:
 
     def encode(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys) -> Tensor:
         y_TK = _floats(len(self._owner), self._block)
-        bucket, factors = bucket_N.float().numpy(), _array(factors_S)
+        bucket, factors = _bits(bucket_N), _array(factors_S)
         _share(_encode, len(y_TK), bucket, factors, self._table, self._owner, keys.step, self._seed, y_TK.numpy())
         return y_TK
 
     def decode_(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys, y_TK: Tensor, gain: float = 1.0) -> None:
-        target_N = bucket_N.float()  # itself, if that is what it is
-        tables = target_N.numpy(), _array(factors_S), self._table, self._owner
+        bucket = _bits(bucket_N)
+        tables = bucket, _array(factors_S), self._table, self._owner
         _share(_decode, len(y_TK), *tables, keys.step, self._seed, y_TK.numpy(), np.float32(gain))
-        if target_N is not bucket_N:
-            bucket_N.copy_(target_N)
+        if bucket_N.dtype not in _IN_PLACE:
+            bucket_N.copy_(torch.from_numpy(bucket))
 
 
 class NumbaKernels:
@@ -401,6 +450,14 @@ class NumbaKernels:
         tables = stride, levels.numpy(), np.float32(divisor), trits_of_byte(packed_WTP.device).numpy()
         _share(_mean_of_packed, num_rows, flat.numpy(), *tables, y_TK.numpy())
         return y_TK
+
+
+def _bits(bucket_N: Tensor) -> Array:
+    """What kernels take for a bucket: itself as float32 or as bits of bfloat16, or else a copy in float32."""
+    if bucket_N.dtype == torch.bfloat16:
+        bits: Array = bucket_N.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    return _array(bucket_N.float())
 
 
 def _floats(*shape: int) -> Tensor:
