@@ -26,7 +26,7 @@ def stored(bench: Any) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("bench", [bench_wire, bench_wire_loss])
+@pytest.mark.parametrize("bench", [bench_codec, bench_wire, bench_wire_loss])
 def test_a_page_is_that_of_its_runs(bench: Any) -> None:
     assert bench.RESULTS.with_suffix(".md").read_text() == bench.report(stored(bench))
 

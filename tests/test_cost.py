@@ -42,7 +42,7 @@ def test_few_ranks_gather_and_many_on_a_slow_link_take_two_shots() -> None:
 
 
 def test_a_link_fast_enough_does_not_pay_and_the_line_says_so() -> None:
-    slow, fast = (advise(10_000_000, 4, gbit_per_s=gbit) for gbit in (0.1, 400.0))
+    slow, fast = (advise(10_000_000, 4, gbit_per_s=gbit, bundle=1) for gbit in (0.1, 400.0))
     assert slow.pays
     assert str(slow).startswith(f'use wire="{slow.wire}": ')
     assert not fast.pays

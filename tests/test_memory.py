@@ -84,6 +84,7 @@ def holds(rank: int, world_size: int, backend: Backend) -> list[tuple[torch.dtyp
             buckets = Buckets(count * dtype.itemsize, dtype, CPU, cache_bytes=0)
             (bucket,) = buckets.list
             ours = Ours(bucket, backend, bundle)
+            ours.encode_and_decode(bucket)  # compiles
             encoded = held_bytes(partial(ours.encode, bucket), CPU)
             whole = held_bytes(partial(ours.encode_and_decode, bucket), CPU)
             sizes.append((buckets.numel, encoded, whole))

@@ -42,20 +42,20 @@ class Arithmetic:
     element_ns: float
     """Per element, of whitening, binding and bundling, both ways."""
     trit_ns: dict[str, float]
-    """Per trit, by wire, of rotating, quantising and packing, both ways; for `all_gather` all of it is in the next."""
+    """Per trit, by wire, of rotating, quantising and packing, both ways."""
     gathered_trit_ns: float
-    """Per trit of every packet that `all_gather` decodes."""
+    """Per trit of every packet that `all_gather` decodes; zero where the fit finds none beside the rest."""
     reference_rotation_s: float
     """How long one rotation of 2**20 elements took there."""
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=6.14,
-    half_ns=5.42,
-    element_ns=8.66,
-    trit_ns={"all_gather": 0, "all_reduce": 16.9, "two_shot": 28.5},
-    gathered_trit_ns=4.93,
-    reference_rotation_s=0.0027,
+    dense_ns=6.10,
+    half_ns=4.81,
+    element_ns=3.73,
+    trit_ns={"all_gather": 4.23, "all_reduce": 8.36, "two_shot": 15.0},
+    gathered_trit_ns=0,
+    reference_rotation_s=0.00185,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 
@@ -180,4 +180,5 @@ def advise(
         for method in methods
     }
     wire = min(WIRE_METHODS, key=lambda method: ms[method])
-    return Advice(num_parameters, world_size, bundle, link, slowdown, ms, wire, ms[wire] < min(ms["dense"], ms["half"]))
+    pays = world_size > 1 and ms[wire] < min(ms["dense"], ms["half"])
+    return Advice(num_parameters, world_size, bundle, link, slowdown, ms, wire, pays)

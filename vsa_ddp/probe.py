@@ -54,7 +54,7 @@ def rotation_s(device: torch.device) -> float:
     rotate = load_kernels("auto", device).rotate
     y_TK = torch.zeros(_ROTATED // 1024, 1024, device=device)
     rotate(y_TK)
-    return min(_seconds(lambda: rotate(y_TK), device) for _ in range(5))
+    return min(_seconds(lambda: rotate(y_TK), device) for _ in range(20))
 
 
 def advise_group(
