@@ -26,7 +26,7 @@ def test_a_separable_scale_is_found_up_to_one_factor() -> None:
     whitening.update(LAYOUT, measured((signs * true[0] * true[1]).view(32, 2, 20)))
     ratio = scale(whitening) / (true[0] * true[1])
     # bfloat16's rounding of a mean square, half of it in a root mean square; a row and a column, and those of the first
-    torch.testing.assert_close(ratio, ratio[0, 0].expand(32, 40), rtol=4 * 2**-10, atol=0)
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(32, 40), rtol=4 * 2**-9, atol=0)
 
 
 def test_before_any_measurement_and_for_zeros_the_scale_is_one() -> None:

@@ -378,9 +378,9 @@ class NumbaBucket:
         self._owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
 
     def mean_squares(self, bucket_N: Tensor) -> Tensor:
-        found = np.zeros(self._num_factors, np.float64)
-        _mean_squares(_bits(bucket_N), self._table, found)
-        return torch.from_numpy(found).bfloat16().float()
+        found_S = torch.zeros(self._num_factors, dtype=torch.float64)
+        _mean_squares(_bits(bucket_N), self._table, found_S.numpy())
+        return found_S.bfloat16().float()
 
     def keys(self, step: int) -> Keys:
         return Keys(step, torch.empty(0, dtype=torch.int32))
