@@ -19,7 +19,7 @@ from torch.futures import Future
 
 import vsa_ddp
 from vsa_ddp.config import Backend
-from vsa_ddp.kernels import Keys
+from vsa_ddp.kernels import Keys, Packed
 from vsa_ddp.ternary import level
 from vsa_ddp.wires import WIRES, Link, Mean, Message
 
@@ -174,8 +174,8 @@ class Ours:
     def encode(self, bucket: Bucket) -> InFlight:
         """From the bucket to the packet."""
         keys = self.codec.keys(USUAL_STEP)
-        y_TK, exact_E = self.codec.encode(bucket.data_N, keys)
-        message = Message(self.codec.kernels, y_TK, exact_E, exact_E.new_empty(0, dtype=torch.float32))
+        rows, exact_E = self.codec.encode(bucket.data_N, keys)
+        message = Message(self.codec.kernels, rows, exact_E, exact_E.new_empty(0, dtype=torch.float32))
         rounds = WIRES["all_gather"].exchange(message, Both())
         next(rounds)
         return InFlight(keys, rounds)
@@ -186,7 +186,7 @@ class Ours:
             next(in_flight.rounds)
         except StopIteration as finished:
             mean: Mean = finished.value
-            self.codec.decode_(bucket.data_N, mean.y_TK, mean.exact_E, in_flight.keys)
+            self.codec.decode_(bucket.data_N, mean.rows, mean.exact_E, in_flight.keys)
 
     def encode_and_decode(self, bucket: Bucket) -> None:
         self.decode(bucket, self.encode(bucket))
@@ -215,13 +215,13 @@ class Ours:
         keys = bucket_kernels.keys(USUAL_STEP)
         y_TK = torch.randn(layout.num_dims // layout.rotation_block, layout.rotation_block, device=factors_S.device)
         packed_TP, energy_T, kept_T = kernels.quantize(y_TK)
-        packed_WTP = packed_TP.repeat(2, 1, 1)
-        levels_WT = level(energy_T, kept_T).bfloat16().repeat(2, 1)
+        levels_T = level(energy_T, kept_T).bfloat16()
+        packed = Packed(packed_TP.repeat(2, 1, 1), levels_T.repeat(2, 1), (len(y_TK), layout.rotation_block))
         named: list[tuple[str, Callable[[Bucket, Tensor], object]]] = [
             ("keys", lambda *_: bucket_kernels.keys(USUAL_STEP)),
             ("whiten to rotate", lambda bucket, _: bucket_kernels.encode(bucket.data_N, factors_S, keys)),
             ("ternarise and pack", lambda *_: kernels.quantize(y_TK)),
-            ("unpack and mean", lambda *_: kernels.mean_of_packed(packed_WTP, levels_WT, layout.rotation_block)),
+            ("unpack and mean", lambda *_: kernels.mean(packed)),
             ("rotate to unwhiten", lambda bucket, _: bucket_kernels.decode_(bucket.data_N, factors_S, keys, y_TK)),
         ]
         return [Method(name, run, None, self.backend, self.bundle) for name, run in named]

@@ -123,7 +123,11 @@ def _ns(cell: list[Record]) -> str:
 
 def _passes(records: list[Record]) -> list[str]:
     lines = ["", f"## Passes ({middle(records):g} MiB, B={PASSES_BUNDLE})", ""]
-    lines += ["Each alone; the bundle's size, not the bucket's, decides those in between.", ""]
+    lines += [
+        "Each alone, by way of floats. In encode and in decode the last two of a direction are one pass; the bundle's "
+        "size, not the bucket's, decides those in between.",
+        "",
+    ]
     lines += table("", "dtype", "ms", "times memcpy")
     for r in records:
         if r["what"] == "time" and r["method"] not in (*REFERENCES, *PARTS):

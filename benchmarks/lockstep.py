@@ -115,6 +115,6 @@ class LockstepHook:
             for g_N, scales_S in zip(gradient_WN, scales, strict=True)
         ]
         mean = exchange(self._wire, messages, self.counter)
-        codec.decode_(gradient_WN[0], mean.y_TK, mean.exact_E, keys)
+        codec.decode_(gradient_WN[0], mean.rows, mean.exact_E, keys)
         state.update_scales(codec, mean.scales_S, mean.sigma_T)
         return gradient_WN[0]

@@ -5,7 +5,7 @@ import torch
 
 from vsa_ddp.codec import Codec, gain, unbiased_nmse
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import TorchKernels
+from vsa_ddp.kernels import TorchKernels, encode
 from vsa_ddp.layout import BucketLayout, plan_bucket
 from vsa_ddp.ternary import NMSE, dequantize, level, quantize
 from vsa_ddp.whitening import Whitening
@@ -23,8 +23,8 @@ def round_trip(codec: Codec, gradients: list[torch.Tensor], step: int) -> list[t
     """What a single rank gets back, its levels rounded to bfloat16 as on the wire."""
     keys = codec.keys(step)
     bucket_N = torch.cat([g.flatten() for g in gradients])
-    y_TK, exact_E = codec.encode(bucket_N, keys)
-    trits_TK, energy_T, kept_T = quantize(y_TK)
+    rows, exact_E = codec.encode(bucket_N, keys)
+    trits_TK, energy_T, kept_T = quantize(encode(rows))
     decoded_N = torch.full_like(bucket_N, torch.nan)
     codec.decode_(decoded_N, dequantize(trits_TK, level(energy_T, kept_T).bfloat16()), exact_E, keys)
     parts = decoded_N.split([g.numel() for g in gradients])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import Kernels, TorchKernels, load_kernels
+from vsa_ddp.kernels import Gradient, Kernels, Packed, Received, Summed, TorchKernels, load_kernels
 from vsa_ddp.kernels.torch_kernels import TorchBucket
 from vsa_ddp.layout import plan_bucket
 from vsa_ddp.ternary import level
@@ -37,20 +37,28 @@ def passes(
     found = {"scales": bucket.mean_squares(gradient_N)}
     found |= {"y": bucket.encode(gradient_N, factors_S, keys), "unwhitened": bucket.encode(gradient_N, None, keys)}
     found["rotated"] = kernels.rotate(found["y"])
-    packed_TP, found["energy"], found["kept"] = kernels.quantize(found["y"])
+    rows = Gradient(bucket, gradient_N, factors_S, keys, (layout.num_dims // block, block))
+    packed_TP, found["energy"], found["kept"] = kernels.quantize(rows)
+    found["packed"], found["packed from floats"] = packed_TP, kernels.quantize(found["y"])[0]
     sigma_T = torch.linspace(0, 2, len(packed_TP)).to(device)
     found["at sigma"] = kernels.quantize(found["y"], sigma_T)[0]
-    found["lanes"], _, found["kept at sigma"] = kernels.quantize_to_digits(found["y"], sigma_T, num_ranks)
-    found["sums"] = kernels.sums_of_digits(found["lanes"] * num_ranks, block, num_ranks)
-    levels_T = level(found["energy"], found["kept"]).bfloat16()
+    found["lanes"], _, found["kept at sigma"] = kernels.quantize_to_digits(rows, sigma_T, num_ranks)
+    found["lanes from floats"] = kernels.quantize_to_digits(found["y"], sigma_T, num_ranks)[0]
+    levels_T = level(found["energy"], found["kept"])
     packets = torch.stack([packed_TP, packed_TP.flip(0), found["at sigma"]])
     with_gaps = torch.cat([packets.flatten(1), packets.flatten(1)[:, :7]], 1)[:, : packed_TP.numel()].view_as(packets)
-    found["trits"] = kernels.mean_of_packed(with_gaps, None, block)
-    found["mean"] = kernels.mean_of_packed(with_gaps, torch.stack([levels_T, levels_T.flip(0), levels_T]), block)
-    for name, factors, gain in (("decoded", factors_S, 0.7), ("plain", None, 1.0)):
-        found[name] = torch.full_like(gradient_N, -7)
-        bucket.decode_(found[name], factors, keys, found["mean"], gain)
-    return {name: tensor.cpu() for name, tensor in {**found, "packed": packed_TP}.items()}
+    received: dict[str, Received] = {
+        "floats": found["y"],
+        "own levels": Packed(with_gaps, torch.stack([levels_T, levels_T.flip(0), levels_T]).bfloat16(), rows.shape),
+        "shared levels": Packed(with_gaps, levels_T, rows.shape),
+        "lanes": Summed(found["lanes"] * num_ranks, levels_T, num_ranks, rows.shape),
+    }
+    for name, mean in received.items():
+        found[f"mean of {name}"] = kernels.mean(mean)
+        for suffix, factors, gain in (("", factors_S, 0.7), (", plain", None, 1.0)):
+            decoded_N = found[f"decoded {name}{suffix}"] = torch.full_like(gradient_N, -7)
+            bucket.decode_(decoded_N, factors, keys, mean, gain)
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 @contextmanager
@@ -122,7 +130,7 @@ def test_a_value_that_is_not_finite_reaches_its_whole_row_and_no_other(backend: 
     y_TK[1, 7] = bad
     rotated_TK = kernels.rotate(y_TK)
     packed_TP, energy_T, kept_T = kernels.quantize(rotated_TK)
-    mean_TK = kernels.mean_of_packed(packed_TP[None], level(energy_T, kept_T)[None], 1024)
+    mean_TK = kernels.mean(Packed(packed_TP[None], level(energy_T, kept_T)[None], (3, 1024)))
     for found in (rotated_TK, mean_TK):
         assert found[[0, 2]].isfinite().all()
         assert not found[1].isfinite().any()

@@ -95,14 +95,14 @@ def holds(rank: int, world_size: int, backend: Backend) -> list[tuple[torch.dtyp
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_what_a_bucket_holds_is_linear_in_its_size_and_bounded(tmp_path: Path, backend: Backend) -> None:
     for dtype, bundle, sizes in run_ranks(holds, 1, tmp_path, backend)[0]:
-        # 4 / B bytes per element are a hypervector. In flight are packed trits, 1.6 bits each: this rank's own, its
-        # packet, and two packets that arrive. One element in 1024 is of a vector and travels exactly
+        # In flight are packed trits, 1.6 bits each: this rank's own, its packet, and two packets that arrive. One
+        # element in 1024 is of a vector and travels exactly
         in_flight = 4 * 0.21 / bundle + 16 / 1024
-        # Decoding makes the mean, and a rotated one if the backend does that at once
-        peak, constant = in_flight + 4 / bundle + 16 / 1024, 2**16
+        peak, constant = in_flight + 16 / 1024, 2**16
         if backend == "torch":
-            # Keys are drawn before: a bit each. Pieces of 2**18 elements pass in several steps
-            in_flight, peak, constant = in_flight + 1 / 8, peak + 8 / bundle + 1 / 8, 4 * 2**20
+            # Keys are drawn before: a bit each. The mean and the rotated mean are hypervectors of 4 / B bytes per
+            # element each, and pieces of 2**18 elements pass in several steps
+            in_flight, peak, constant = in_flight + 1 / 8, peak + 12 / bundle + 1 / 8, 4 * 2**20
         for numel, encoded, whole in sizes:
             assert 2 * 0.2 / bundle <= encoded.left / numel, (dtype, bundle, numel)
             assert encoded.left <= in_flight * numel + 2**16, (dtype, bundle, numel)

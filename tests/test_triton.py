@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.test_kernels import CPU, SHAPES, assert_same, passes
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import load_kernels
+from vsa_ddp.kernels import Packed, load_kernels
 from vsa_ddp.layout import plan_bucket
 from vsa_ddp.ternary import level
 
@@ -111,7 +111,7 @@ def three_rows(bad: float, dtype: torch.dtype) -> list[Tensor]:
     gradient_N[131] = bad
     y_TK = bucket.encode(gradient_N, None, bucket.keys(0))
     packed_TP, energy_T, kept_T = kernels.quantize(y_TK)
-    mean_TK = kernels.mean_of_packed(packed_TP[None], level(energy_T, kept_T)[None], 128)
+    mean_TK = kernels.mean(Packed(packed_TP[None], level(energy_T, kept_T)[None], (3, 128)))
     bucket.decode_(gradient_N, None, bucket.keys(0), mean_TK)
     return [y_TK.cpu(), mean_TK.cpu(), gradient_N.view(3, 128).cpu()]
 
@@ -130,7 +130,7 @@ def test_a_bucket_without_compressed_parameters_stays_as_it_is(call: Call) -> No
     case = config(2, 128), [(5,), (3, 3)]
     mine = call(passes_of, "triton", *case)
     assert mine["y"].shape == (0, 128)
-    assert (mine["decoded"] == -7).all()
+    assert (mine["decoded lanes"] == -7).all()
     assert_same(mine, passes_of("torch", *case))
 
 
@@ -142,9 +142,8 @@ def test_every_kernel_compiles_for_hopper() -> None:
     assert compiled.stdout.split() == [
         "_decode",
         "_encode",
-        "_mean_of_packed",
+        "_mean",
         "_quantize",
         "_quantize_to_digits",
         "_rotate",
-        "_sums_of_digits",
     ]

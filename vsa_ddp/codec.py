@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vsa_ddp import hypervector, ternary
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import Kernels, Keys
+from vsa_ddp.kernels import Gradient, Kernels, Keys, Received
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.whitening import Whitening
 
@@ -67,16 +67,18 @@ class Codec:
         words = hypervector.key_words(*self._fresh_counters, step, self._config.seed)
         return words.view(-1, self.layout.rotation_block // 32)
 
-    def encode(self, bucket_N: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The rotated hypervector of this rank, and its small parameters as they are.
+    def encode(self, bucket_N: Tensor, keys: Keys) -> tuple[Gradient, Tensor]:
+        """The rotated hypervector of this rank, calculated when it is asked for, and small parameters as they are.
 
-        Shapes: the bucket, of any float dtype -> (T, K) float32, (E,) of the bucket's.
+        Shapes: the bucket, of any float dtype -> (T, K), (E,) of the bucket's.
         """
         factors_S = None if self._factors_2S is None else self._factors_2S[0]
-        return self._bucket.encode(bucket_N, factors_S, keys), bucket_N.index_select(0, self._exact_E)
+        block = self.layout.rotation_block
+        rows = Gradient(self._bucket, bucket_N, factors_S, keys, (self.layout.num_dims // block, block))
+        return rows, bucket_N.index_select(0, self._exact_E)
 
-    def decode_(self, bucket_N: Tensor, y_TK: Tensor, exact_E: Tensor, keys: Keys) -> None:
-        """Write the decoded mean into the bucket, in place. y_TK is the ranks' mean."""
+    def decode_(self, bucket_N: Tensor, mean: Received, exact_E: Tensor, keys: Keys) -> None:
+        """Write the ranks' mean into the bucket, in place."""
         factors_S = None if self._factors_2S is None else self._factors_2S[1]
-        self._bucket.decode_(bucket_N, factors_S, keys, y_TK, gain(self._config))
+        self._bucket.decode_(bucket_N, factors_S, keys, mean, gain(self._config))
         bucket_N.index_copy_(0, self._exact_E, exact_E)

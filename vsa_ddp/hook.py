@@ -39,8 +39,8 @@ def vsa_hook(
         future = link.all_reduce_mean_(buffer, scales_S)
     else:
         keys = codec.keys(step)
-        y_TK, exact_E = codec.encode(buffer, keys)
-        message = state.message(codec, y_TK, exact_E, scales_S, step)
+        rows, exact_E = codec.encode(buffer, keys)
+        message = state.message(codec, rows, exact_E, scales_S, step)
         future, receive = state.courier.carry(message, link)
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ def vsa_hook(
         else:
             keep_for_current_stream(keys.words)
             mean = receive()
-            codec.decode_(buffer, mean.y_TK, mean.exact_E, keys)
+            codec.decode_(buffer, mean.rows, mean.exact_E, keys)
             state.update_scales(codec, mean.scales_S, mean.sigma_T)
         return buffer
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from vsa_ddp.agreement import check_agreement
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import Kernels, load_kernels, missing
+from vsa_ddp.kernels import Kernels, Rows, load_kernels, missing
 from vsa_ddp.layout import plan_bucket
 from vsa_ddp.names import ParameterNames
 from vsa_ddp.nodes import check_mesh, group_by_node
@@ -117,13 +117,13 @@ class VsaState:
             return codec.mean_squares(buffer)
         return buffer.new_empty(0, dtype=torch.float32)
 
-    def message(self, codec: Codec, y_TK: Tensor, exact_E: Tensor, scales_S: Tensor, step: int) -> Message:
+    def message(self, codec: Codec, rows: Rows, exact_E: Tensor, scales_S: Tensor, step: int) -> Message:
         """What to send, with what the wire asks for: the last step's standard deviations, keys for another rounding."""
         wire = self.courier.wire
         assert wire is not None
-        sigma_T = self.sigma.of(codec.layout, y_TK.device) if wire.shared_sigma else None
+        sigma_T = self.sigma.of(codec.layout, exact_E.device) if wire.shared_sigma else None
         keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
-        return Message(codec.kernels, y_TK, exact_E, scales_S, sigma_T, keys_TC)
+        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC)
 
     def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""

@@ -9,10 +9,33 @@ import os
 
 import torch
 
-from vsa_ddp.kernels.interface import BucketKernels, Kernels, Keys
+from vsa_ddp.kernels.interface import (
+    BucketKernels,
+    Gradient,
+    Kernels,
+    Keys,
+    Packed,
+    Received,
+    Rows,
+    Summed,
+    encode,
+)
 from vsa_ddp.kernels.torch_kernels import TorchKernels
 
-__all__ = ["BucketKernels", "Kernels", "Keys", "TorchKernels", "load_kernels", "missing"]
+__all__ = [
+    "BucketKernels",
+    "Gradient",
+    "Kernels",
+    "Keys",
+    "Packed",
+    "Received",
+    "Rows",
+    "Summed",
+    "TorchKernels",
+    "encode",
+    "load_kernels",
+    "missing",
+]
 
 _DEVICE = {"numba": "cpu", "triton": "cuda"}
 _REMEDY = {"numba": 'pip install "vsa-ddp[numba]"', "triton": "pip install triton"}

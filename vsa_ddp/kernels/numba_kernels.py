@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vsa_ddp.cost import digits_per_lane
 from vsa_ddp.hypervector import KEYS_PER_COUNTER
-from vsa_ddp.kernels.interface import Keys
+from vsa_ddp.kernels.interface import Keys, Received, Rows, Summed
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE, trits_of_byte
 from vsa_ddp.ternary import THRESHOLD
@@ -44,50 +44,40 @@ _SIGN, _ONE = _U32(0x80000000), _U32(0x3F800000)
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
-def _read(bucket: Array, start: int, length: int, spare: Array) -> Array:
-    """Elements of a bucket: a view of them, or what bits of bfloat16 stand for, in `spare`."""
+def _read(part: Array, wide: Array) -> Array:
+    """Elements of a bucket in float32: themselves, or what bits of bfloat16 stand for, in `wide`."""
     raise NotImplementedError
 
 
 @overload(_read, strict=False)
-def _compiled_read(bucket: Any, start: Any, length: Any, spare: Any) -> Any:
-    def widen(bucket: Array, start: int, length: int, spare: Array) -> Array:
-        bits = spare.view(_U32)
-        for i in range(length):
-            bits[i] = _U32(bucket[start + i]) << _U32(16)
-        return spare[:length]
+def _compiled_read(part: Any, wide: Any) -> Any:
+    def widen(part: Array, wide: Array) -> Array:
+        bits = wide.view(_U32)
+        for i in range(len(part)):
+            bits[i] = _U32(part[i]) << _U32(16)
+        return wide[: len(part)]
 
-    if bucket.dtype == types.uint16:
-        return widen
-    return lambda bucket, start, length, spare: bucket[start : start + length]
+    return widen if part.dtype == types.uint16 else lambda part, wide: part
 
 
-def _target(bucket: Array, start: int, length: int, spare: Array) -> Array:
-    """Where to put float32 for elements of a bucket: themselves, or `spare` for `_write`."""
-    raise NotImplementedError
-
-
-@overload(_target, strict=False)
-def _compiled_target(bucket: Any, start: Any, length: Any, spare: Any) -> Any:
-    if bucket.dtype == types.uint16:
-        return lambda bucket, start, length, spare: spare[:length]
-    return lambda bucket, start, length, spare: bucket[start : start + length]
-
-
-def _write(bucket: Array, start: int, x: Array) -> None:
-    """Round what was put into `_target`'s `spare` to bits of bfloat16, half to even."""
+def _write(part: Array, x: Array) -> None:
+    """Mirror of `_read`; rounds to bits of bfloat16 half to even."""
     raise NotImplementedError
 
 
 @overload(_write, strict=False)
-def _compiled_write(bucket: Any, start: Any, x: Any) -> Any:
-    def narrow(bucket: Array, start: int, x: Array) -> None:
+def _compiled_write(part: Any, x: Any) -> Any:
+    def copy(part: Array, x: Array) -> None:
+        for i in range(len(x)):
+            part[i] = x[i]
+
+    def narrow(part: Array, x: Array) -> None:
         bits = x.view(_U32)
         for i in range(len(x)):
             rounded = (bits[i] + _U32(0x7FFF) + ((bits[i] >> _U32(16)) & _U32(1))) >> _U32(16)
-            bucket[start + i] = np.uint16(rounded) if x[i] == x[i] else np.uint16(0x7FC0)
+            part[i] = np.uint16(rounded) if x[i] == x[i] else np.uint16(0x7FC0)
 
-    return narrow if bucket.dtype == types.uint16 else lambda bucket, start, x: None
+    return narrow if part.dtype == types.uint16 else copy
 
 
 @compiled
@@ -171,9 +161,10 @@ def _mean_squares(bucket: Array, table: Array, out: Array) -> None:
         size = 1
         while size < num_cols:
             size *= 2
-        squared, spare = np.zeros(size, np.float64), np.empty(size, _F32)
+        squared, wide = np.zeros(size, np.float64), np.empty(num_cols, _F32)
         for r in range(num_rows):
-            x = _read(bucket, p[_OFFSET] + r * num_cols, num_cols, spare)
+            start = p[_OFFSET] + r * num_cols
+            x = _read(bucket[start : start + num_cols], wide)
             for c in range(num_cols):
                 squared[c] = np.float64(x[c]) * np.float64(x[c])
             for c in range(num_cols):
@@ -185,98 +176,75 @@ def _mean_squares(bucket: Array, table: Array, out: Array) -> None:
 
 
 @compiled
-def _add_bound(x: Array, row: float, col: Array, keys: Array, y: Array) -> None:
-    for i in range(len(x)):
-        y[i] += x[i] * row * col[i] * keys[i]
+def _whiten(x: Array, factors: Array, p: Array, start: int, out: Array) -> None:
+    """Elements of a parameter from `start` on, times their row factors, then times their column factors."""
+    row, col, at = start // p[_COLS], start % p[_COLS], 0
+    while at < len(x):
+        end = min(len(x), at + p[_COLS] - col)
+        scale, cols = factors[p[_FACTOR] + row], factors[p[_FACTOR] + p[_ROWS] + col :]
+        part, out_part = x[at:end], out[at:end]
+        for i in range(len(part)):
+            out_part[i] = part[i] * scale * cols[i]
+        row, col, at = row + 1, 0, end
 
 
 @compiled
-def _unbind(y: Array, keys: Array, row: float, col: Array, out: Array) -> None:
-    for i in range(len(out)):
-        out[i] = y[i] * keys[i] * row * col[i]
+def _spare(block: int) -> Any:
+    """What functions of a row need beside it: words, keys, floats, and floats of a row in whole bytes or lanes."""
+    return np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block, _F32), np.empty(block + 64, _F32)
 
 
 @compiled
-def _encode(
-    first: int, last: int, bucket: Array, factors: Array, table: Array, owner: Array, step: int, seed: int, y: Array
-) -> None:
-    bundle, block = table[-1, 0], y.shape[1]
-    words, keys, spare = np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block, _F32)
-    for t in range(first, last):
-        p = table[owner[t]]
-        dim = (t - p[_FIRST_ROW]) * block
-        y[t] = _F32(0)
-        for slot in range(bundle):
-            start = slot * p[_DIMS] + dim
-            length = min(block, p[_NUMEL] - start)
-            if length <= 0:
-                break
-            _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
-            _unpack_keys(words, keys)
-            g = _read(bucket, p[_OFFSET] + start, length, spare)
-            if len(factors):
-                row, col, at = start // p[_COLS], start % p[_COLS], 0
-                while at < length:
-                    end = min(length, at + p[_COLS] - col)
-                    cols = factors[p[_FACTOR] + p[_ROWS] + col :]
-                    _add_bound(g[at:end], factors[p[_FACTOR] + row], cols, keys[at:], y[t, at:])
-                    row, col, at = row + 1, 0, end
-            else:
-                for i in range(length):
-                    y[t, i] += g[i] * keys[i]
-        _rotate(y[t], spare)
+def _encode_row(t: int, gradient: Any, y_K: Array, spare: Any) -> None:
+    """A row of `interface.Gradient`."""
+    bucket, factors, table, owner, step, seed = gradient
+    words, keys, x_K, wide = spare
+    bundle, block = table[-1, 0], len(y_K)
+    p = table[owner[t]]
+    dim = (t - p[_FIRST_ROW]) * block
+    y_K[:] = _F32(0)
+    for slot in range(bundle):
+        start = slot * p[_DIMS] + dim
+        length = min(block, p[_NUMEL] - start)
+        if length <= 0:
+            break
+        _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
+        _unpack_keys(words, keys)
+        at = p[_OFFSET] + start
+        x = _read(bucket[at : at + length], wide)
+        if len(factors):
+            _whiten(x, factors, p, start, x_K)
+            x = x_K[:length]
+        for i in range(length):
+            y_K[i] += x[i] * keys[i]
+    _rotate(y_K, x_K)
 
 
 @compiled
-def _decode(
-    first: int,
-    last: int,
-    bucket: Array,
-    factors: Array,
-    table: Array,
-    owner: Array,
-    step: int,
-    seed: int,
-    y: Array,
-    gain: float,
-) -> None:
-    bundle, block = table[-1, 0], y.shape[1]
-    words, keys = np.empty(block // 32, _U32), np.empty(block, _F32)
-    rotated, spare = np.empty(block, _F32), np.empty(block, _F32)
-    for t in range(first, last):
-        p = table[owner[t]]
-        dim = (t - p[_FIRST_ROW]) * block
-        rotated[:] = y[t]
-        _rotate(rotated, spare)
-        for i in range(block):
-            rotated[i] *= gain
-        for slot in range(bundle):
-            start = slot * p[_DIMS] + dim
-            length = min(block, p[_NUMEL] - start)
-            if length <= 0:
-                break
-            _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
-            _unpack_keys(words, keys)
-            g = _target(bucket, p[_OFFSET] + start, length, spare)
-            if len(factors):
-                row, col, at = start // p[_COLS], start % p[_COLS], 0
-                while at < length:
-                    end = min(length, at + p[_COLS] - col)
-                    cols = factors[p[_FACTOR] + p[_ROWS] + col :]
-                    _unbind(rotated[at:], keys[at:], factors[p[_FACTOR] + row], cols, g[at:end])
-                    row, col, at = row + 1, 0, end
-            else:
-                for i in range(length):
-                    g[i] = rotated[i] * keys[i]
-            _write(bucket, p[_OFFSET] + start, g)
-
-
-@compiled
-def _rotate_rows(first: int, last: int, y: Array, out: Array) -> None:
-    spare = np.empty(y.shape[1], _F32)
-    for t in range(first, last):
-        out[t] = y[t]
-        _rotate(out[t], spare)
+def _decode_row(t: int, gradient: Any, y_K: Array, gain: float, spare: Any) -> None:
+    """Mirror of `_encode_row`; overwrites the row."""
+    bucket, factors, table, owner, step, seed = gradient
+    words, keys, x_K, wide = spare
+    bundle, block = table[-1, 0], len(y_K)
+    p = table[owner[t]]
+    dim = (t - p[_FIRST_ROW]) * block
+    _rotate(y_K, x_K)
+    for i in range(block):
+        y_K[i] *= gain
+    for slot in range(bundle):
+        start = slot * p[_DIMS] + dim
+        length = min(block, p[_NUMEL] - start)
+        if length <= 0:
+            break
+        _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
+        _unpack_keys(words, keys)
+        x = x_K[:length]
+        for i in range(length):
+            x[i] = y_K[i] * keys[i]
+        if len(factors):
+            _whiten(x, factors, p, start, wide)
+            x = wide[:length]
+        _write(bucket[p[_OFFSET] + start :], x)
 
 
 @compiled
@@ -297,11 +265,106 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 
 
 @compiled
-def _quantize(first: int, last: int, y: Array, sigma: Array, packed: Array, energy: Array, kept: Array) -> None:
-    block, num_bytes = y.shape[1], packed.shape[1]
-    digits, spare = np.ones(num_bytes * TRITS_PER_BYTE, np.uint8), np.empty(block, _F32)
+def _sum_packed(t: int, packets: Any, y_K: Array, spare: Any) -> None:
+    """The ranks' trits times levels."""
+    packed, stride, levels, table = packets
+    block, trits = len(y_K), spare[3]
+    num_bytes = -(-block // TRITS_PER_BYTE)
+    y_K[:] = _F32(0)
+    for rank in range(len(levels)):
+        row = packed[rank * stride + t * num_bytes :]
+        for i in range(num_bytes):
+            # all read before the first is written: the compiler cannot know that they do not overlap
+            byte = row[i]
+            a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
+            trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
+        level = levels[rank, t]
+        for i in range(block):
+            y_K[i] += level * trits[i]
+
+
+@compiled
+def _sums_of_digits(lanes_L: Array, num_digits: int, base: int, y_K: Array, spare: Any) -> None:
+    """`packing.unpack_digits` of a row. Halves of a lane are exact in float64, whose division by the base is quick."""
+    n, low, sums = len(lanes_L), num_digits // 2, spare[3]
+    half, zero = base**low, np.float64(base // 2)
+    rest = np.empty(n, np.float64)
+    for part in range(2):
+        for i in range(n):
+            rest[i] = lanes_L[i] // half if part else lanes_L[i] % half
+        for d in range(low if part else 0, num_digits if part else low):
+            for i in range(n):
+                quotient = np.floor(rest[i] / base)
+                sums[d * n + i] = rest[i] - quotient * base - zero
+                rest[i] = quotient
+    y_K[:] = sums[: len(y_K)]
+
+
+@compiled
+def _row(t: int, source: Any, y_K: Array, spare: Any) -> None:
+    """A row of `interface.Rows`, see `_source`."""
+    rows, gradient = source
+    if len(rows):
+        y_K[:] = rows[t]
+    else:
+        _encode_row(t, gradient, y_K, spare)
+
+
+@compiled
+def _mean_row(t: int, received: Any, y_K: Array, spare: Any) -> None:
+    """A row of `interface.Received`, see `_arrived`."""
+    rows, packets, lanes, num_digits, shared, num_ranks = received
+    if len(rows):
+        y_K[:] = rows[t]
+        return
+    if len(lanes):
+        _sums_of_digits(lanes[t], num_digits, 2 * num_ranks + 1, y_K, spare)
+    else:
+        _sum_packed(t, packets, y_K, spare)
+    level, divisor = shared[t], _F32(num_ranks)
+    for i in range(len(y_K)):
+        y_K[i] = y_K[i] * level / divisor
+
+
+@compiled
+def _encode(first: int, last: int, gradient: Any, y: Array) -> None:
+    spare = _spare(y.shape[1])
     for t in range(first, last):
-        energy[t], kept[t] = _ternarise(y[t], sigma[t] if len(sigma) else _F32(-1), digits, spare)
+        _encode_row(t, gradient, y[t], spare)
+
+
+@compiled
+def _decode(first: int, last: int, gradient: Any, received: Any, gain: float, block: int) -> None:
+    spare, y_K = _spare(block), np.empty(block, _F32)
+    for t in range(first, last):
+        _mean_row(t, received, y_K, spare)
+        _decode_row(t, gradient, y_K, gain, spare)
+
+
+@compiled
+def _mean(first: int, last: int, received: Any, y: Array) -> None:
+    spare = _spare(y.shape[1])
+    for t in range(first, last):
+        _mean_row(t, received, y[t], spare)
+
+
+@compiled
+def _rotate_rows(first: int, last: int, y: Array, out: Array) -> None:
+    spare = np.empty(y.shape[1], _F32)
+    for t in range(first, last):
+        out[t] = y[t]
+        _rotate(out[t], spare)
+
+
+@compiled
+def _quantize(
+    first: int, last: int, source: Any, block: int, sigma: Array, packed: Array, energy: Array, kept: Array
+) -> None:
+    num_bytes, y_K, spare = packed.shape[1], np.empty(block, _F32), _spare(block)
+    digits = np.ones(num_bytes * TRITS_PER_BYTE, np.uint8)
+    for t in range(first, last):
+        _row(t, source, y_K, spare)
+        energy[t], kept[t] = _ternarise(y_K, sigma[t] if len(sigma) else _F32(-1), digits, spare[2])
         for i in range(num_bytes):
             d = digits[5 * i : 5 * i + 5]
             packed[t, i] = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3] + 81 * d[4]
@@ -309,12 +372,22 @@ def _quantize(first: int, last: int, y: Array, sigma: Array, packed: Array, ener
 
 @compiled
 def _quantize_to_digits(
-    first: int, last: int, y: Array, sigma: Array, num_digits: int, base: int, lanes: Array, energy: Array, kept: Array
+    first: int,
+    last: int,
+    source: Any,
+    block: int,
+    sigma: Array,
+    num_digits: int,
+    base: int,
+    lanes: Array,
+    energy: Array,
+    kept: Array,
 ) -> None:
-    block, n = y.shape[1], lanes.shape[1]
-    digits, spare = np.ones(num_digits * n, np.uint8), np.empty(block, _F32)
+    n, y_K, spare = lanes.shape[1], np.empty(block, _F32), _spare(block)
+    digits = np.ones(num_digits * n, np.uint8)
     for t in range(first, last):
-        energy[t], kept[t] = _ternarise(y[t], sigma[t], digits, spare)
+        _row(t, source, y_K, spare)
+        energy[t], kept[t] = _ternarise(y_K, sigma[t], digits, spare[2])
         lane = lanes[t]
         lane[:] = 0
         for d in range(num_digits - 1, -1, -1):
@@ -322,45 +395,8 @@ def _quantize_to_digits(
                 lane[i] = lane[i] * base + digits[d * n + i]
 
 
-@compiled
-def _sums_of_digits(first: int, last: int, lanes: Array, num_digits: int, base: int, out: Array) -> None:
-    """Halves of a lane are exact in float64, whose division by the base is quick."""
-    block, n, low = out.shape[1], lanes.shape[1], num_digits // 2
-    half, zero = base**low, np.float64(base // 2)
-    rest, found = np.empty(n, np.float64), np.empty(num_digits * n, _F32)
-    for t in range(first, last):
-        for part in range(2):
-            for i in range(n):
-                rest[i] = lanes[t, i] // half if part else lanes[t, i] % half
-            for d in range(low if part else 0, num_digits if part else low):
-                for i in range(n):
-                    quotient = np.floor(rest[i] / base)
-                    found[d * n + i] = rest[i] - quotient * base - zero
-                    rest[i] = quotient
-        out[t] = found[:block]
-
-
-@compiled
-def _mean_of_packed(
-    first: int, last: int, packed: Array, stride: int, levels: Array, divisor: float, table: Array, y: Array
-) -> None:
-    block, num_ranks = y.shape[1], levels.shape[0]
-    num_bytes = -(-block // TRITS_PER_BYTE)
-    trits = np.empty(num_bytes * TRITS_PER_BYTE, _F32)
-    for t in range(first, last):
-        y[t] = _F32(0)
-        for rank in range(num_ranks):
-            row = packed[rank * stride + t * num_bytes :]
-            for i in range(num_bytes):
-                # all read before the first is written: the compiler cannot know that they do not overlap
-                byte = row[i]
-                a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
-                trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
-            level = levels[rank, t]
-            for i in range(block):
-                y[t, i] += level * trits[i]
-        for i in range(block):
-            y[t, i] /= divisor
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 class NumbaBucket:
@@ -385,18 +421,22 @@ class NumbaBucket:
     def keys(self, step: int) -> Keys:
         return Keys(step, torch.empty(0, dtype=torch.int32))
 
+    def arrays(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys) -> tuple[Any, ...]:
+        """A gradient as kernels take it."""
+        return _bits(bucket_N), _array(factors_S), self._table, self._owner, keys.step, self._seed
+
     def encode(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys) -> Tensor:
         y_TK = _floats(len(self._owner), self._block)
-        bucket, factors = _bits(bucket_N), _array(factors_S)
-        _share(_encode, len(y_TK), bucket, factors, self._table, self._owner, keys.step, self._seed, y_TK.numpy())
+        _share(_encode, len(y_TK), self.arrays(bucket_N, factors_S, keys), y_TK.numpy())
         return y_TK
 
-    def decode_(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys, y_TK: Tensor, gain: float = 1.0) -> None:
-        bucket = _bits(bucket_N)
-        tables = bucket, _array(factors_S), self._table, self._owner
-        _share(_decode, len(y_TK), *tables, keys.step, self._seed, y_TK.numpy(), np.float32(gain))
+    def decode_(
+        self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys, mean: Received, gain: float = 1.0
+    ) -> None:
+        gradient = self.arrays(bucket_N, factors_S, keys)
+        _share(_decode, len(self._owner), gradient, _arrived(mean), np.float32(gain), self._block)
         if bucket_N.dtype not in _IN_PLACE:
-            bucket_N.copy_(torch.from_numpy(bucket))
+            bucket_N.copy_(torch.from_numpy(gradient[0]))
 
 
 class NumbaKernels:
@@ -412,44 +452,58 @@ class NumbaKernels:
         _share(_rotate_rows, len(y_TK), y_TK.numpy(), rotated_TK.numpy())
         return rotated_TK
 
-    def quantize(self, y_TK: Tensor, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, block = y_TK.shape
+    def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        num_rows, block = rows.shape
         packed_TP = torch.empty(num_rows, -(-block // TRITS_PER_BYTE), dtype=torch.uint8)
         energy_T, kept_T = _floats(num_rows), _floats(num_rows)
         found = packed_TP.numpy(), energy_T.numpy(), kept_T.numpy()
-        _share(_quantize, num_rows, y_TK.numpy(), _array(sigma_T), *found)
+        _share(_quantize, num_rows, _source(rows), block, _array(sigma_T), *found)
         return packed_TP, energy_T, kept_T
 
-    def quantize_to_digits(self, y_TK: Tensor, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, block = y_TK.shape
+    def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+        num_rows, block = rows.shape
         digits = digits_per_lane(num_ranks)
         lanes_TL = torch.empty(num_rows, -(-block // digits), dtype=torch.int64)
         energy_T, kept_T = _floats(num_rows), _floats(num_rows)
         found = lanes_TL.numpy(), energy_T.numpy(), kept_T.numpy()
         base = 2 * num_ranks + 1
-        _share(_quantize_to_digits, num_rows, y_TK.numpy(), _array(sigma_T), digits, base, *found)
+        _share(_quantize_to_digits, num_rows, _source(rows), block, _array(sigma_T), digits, base, *found)
         return lanes_TL, energy_T, kept_T
 
-    def sums_of_digits(self, lanes_TL: Tensor, block: int, num_ranks: int) -> Tensor:
-        sums_TK = _floats(len(lanes_TL), block)
-        tables = digits_per_lane(num_ranks), 2 * num_ranks + 1, sums_TK.numpy()
-        _share(_sums_of_digits, len(lanes_TL), lanes_TL.numpy(), *tables)
-        return sums_TK
-
-    def mean_of_packed(self, packed_WTP: Tensor, levels_WT: Tensor | None, block: int) -> Tensor:
-        num_ranks, num_rows, num_bytes = packed_WTP.shape
-        stride = packed_WTP.stride(0)
-        y_TK = _floats(num_rows, block)
-        if not num_rows:
-            return y_TK
-        flat = packed_WTP.as_strided(((num_ranks - 1) * stride + num_rows * num_bytes,), (1,))
-        if levels_WT is None:
-            levels, divisor = _floats(num_ranks, num_rows).fill_(1), 1
-        else:
-            levels, divisor = levels_WT.float().contiguous(), num_ranks
-        tables = stride, levels.numpy(), np.float32(divisor), trits_of_byte(packed_WTP.device).numpy()
-        _share(_mean_of_packed, num_rows, flat.numpy(), *tables, y_TK.numpy())
+    def mean(self, received: Received) -> Tensor:
+        if isinstance(received, Tensor):
+            return received
+        y_TK = _floats(*received.shape)
+        _share(_mean, len(y_TK), _arrived(received), y_TK.numpy())
         return y_TK
+
+
+_NONE, _NO_ROWS, _NO_LANES = _floats(0).numpy(), _floats(0, 0).numpy(), np.empty((0, 0), np.int64)
+_NO_GRADIENT = _NONE, _NONE, _NO_LANES, np.empty(0, np.int32), 0, 0
+_NO_PACKETS = np.empty(0, np.uint8), 0, _NO_ROWS, _NO_ROWS
+
+
+def _source(rows: Rows) -> tuple[Any, ...]:
+    """What kernels take for rows: floats, or none and a gradient."""
+    if isinstance(rows, Tensor):
+        return rows.numpy(), _NO_GRADIENT
+    assert isinstance(rows.bucket, NumbaBucket)
+    return _NO_ROWS, rows.bucket.arrays(rows.bucket_N, rows.factors_S, rows.keys)
+
+
+def _arrived(received: Received) -> tuple[Any, ...]:
+    """What kernels take for a mean: floats, or packets, or lanes and their digits; levels that all share; ranks."""
+    if isinstance(received, Tensor):
+        return received.numpy(), _NO_PACKETS, _NO_LANES, 0, _NONE, 1
+    if isinstance(received, Summed):
+        w = received.num_ranks
+        return _NO_ROWS, _NO_PACKETS, received.lanes_TL.numpy(), digits_per_lane(w), received.levels_T.numpy(), w
+    (w, num_rows, num_bytes), stride = received.packed_WTP.shape, received.packed_WTP.stride(0)
+    flat = received.packed_WTP.as_strided(((w - 1) * stride + num_rows * num_bytes if num_rows else 0,), (1,))
+    levels = received.levels.float()
+    own, shared = (torch.ones(w, num_rows), levels) if levels.dim() == 1 else (levels, torch.ones(num_rows))
+    packets = flat.numpy(), stride, own.contiguous().numpy(), trits_of_byte(flat.device).numpy()
+    return _NO_ROWS, packets, _NO_LANES, 0, shared.numpy(), w
 
 
 def _bits(bucket_N: Tensor) -> Array:
@@ -458,10 +512,6 @@ def _bits(bucket_N: Tensor) -> Array:
         bits: Array = bucket_N.view(torch.int16).numpy().view(np.uint16)
         return bits
     return _array(bucket_N.float())
-
-
-def _floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
 
 
 def _array(tensor: Tensor | None) -> Array:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vsa_ddp import hypervector, packing, ternary
-from vsa_ddp.kernels.interface import Keys
+from vsa_ddp.kernels.interface import Keys, Received, Rows, Summed, encode
 from vsa_ddp.layout import BucketLayout, Slice
 from vsa_ddp.whitening import mean_squares
 
@@ -86,9 +86,11 @@ class TorchBucket:
                 hypervector.bundle_bound_(y, x, self._key(keys, run))
         return hypervector.rotate(y_D.view(-1, self._layout.rotation_block))
 
-    def decode_(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys, y_TK: Tensor, gain: float = 1.0) -> None:
+    def decode_(
+        self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys, mean: Received, gain: float = 1.0
+    ) -> None:
         # the gain here touches D elements instead of N
-        y_D = hypervector.rotate(y_TK).mul_(gain).flatten()
+        y_D = hypervector.rotate(mean_of(mean)).mul_(gain).flatten()
         for piece in self._pieces:
             x = [hypervector.unbind(y_D[r.start : r.start + r.length], self._key(keys, r)) for r in piece.runs]
             x_RC = (x[0] if len(x) == 1 else torch.cat(x)).view(-1, piece.share.num_cols)
@@ -130,26 +132,37 @@ class TorchKernels:
     def rotate(self, y_TK: Tensor) -> Tensor:
         return hypervector.rotate(y_TK)
 
-    def quantize(self, y_TK: Tensor, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        trits_TK, energy_T, kept_T = ternary.quantize(y_TK, sigma_T)
+    def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        trits_TK, energy_T, kept_T = ternary.quantize(encode(rows), sigma_T)
         return packing.pack_trits(trits_TK), energy_T, kept_T
 
-    def quantize_to_digits(self, y_TK: Tensor, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-        trits_TK, energy_T, kept_T = ternary.quantize(y_TK, sigma_T)
+    def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+        trits_TK, energy_T, kept_T = ternary.quantize(encode(rows), sigma_T)
         return packing.pack_digits(trits_TK, num_ranks), energy_T, kept_T
 
-    def sums_of_digits(self, lanes_TL: Tensor, block: int, num_ranks: int) -> Tensor:
-        return packing.unpack_digits(lanes_TL, block, num_ranks)
+    def mean(self, received: Received) -> Tensor:
+        return mean_of(received)
 
-    def mean_of_packed(self, packed_WTP: Tensor, levels_WT: Tensor | None, block: int) -> Tensor:
-        num_ranks, num_rows, _ = packed_WTP.shape
-        y_TK = torch.zeros(num_rows, block, dtype=torch.float32, device=packed_WTP.device)
+
+def mean_of(received: Received) -> Tensor:
+    """See `interface.Kernels.mean`."""
+    if isinstance(received, Tensor):
+        return received
+    if isinstance(received, Summed):
+        num_ranks, block = received.num_ranks, received.shape[1]
+        y_TK = packing.unpack_digits(received.lanes_TL, block, num_ranks).mul_(received.levels_T[:, None])
+    else:
+        num_ranks, (_, block) = len(received.packed_WTP), received.shape
+        levels = received.levels.float()
+        y_TK = torch.zeros(received.shape, dtype=torch.float32, device=levels.device)
         for rows in hypervector.row_slices(y_TK):
             for rank in range(num_ranks):
-                trits_TK = packing.unpack_trits(packed_WTP[rank, rows], block)
-                if levels_WT is None:
+                trits_TK = packing.unpack_trits(received.packed_WTP[rank, rows], block)
+                if levels.dim() == 1:
                     y_TK[rows] += trits_TK
                 else:
-                    y_TK[rows].addcmul_(trits_TK, levels_WT[rank, rows].float()[:, None])
-        # a number would be divided by on a CPU, and its reciprocal multiplied with on a GPU
-        return y_TK if levels_WT is None else y_TK.div_(y_TK.new_full((), num_ranks))
+                    y_TK[rows].addcmul_(trits_TK, levels[rank, rows, None])
+            if levels.dim() == 1:
+                y_TK[rows] *= levels[rows, None]
+    # a number would be divided by on a CPU, and its reciprocal multiplied with on a GPU
+    return y_TK.div_(y_TK.new_full((), num_ranks))

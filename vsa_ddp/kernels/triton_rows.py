@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 
 from vsa_ddp.hypervector import KEYS_PER_COUNTER
+from vsa_ddp.packing import TRITS_PER_BYTE
 from vsa_ddp.ternary import THRESHOLD
 
 PARAMETER_COLUMNS = tl.constexpr(8)
 _KEYS_PER_COUNTER = tl.constexpr(KEYS_PER_COUNTER)
+_PER_BYTE = tl.constexpr(TRITS_PER_BYTE)
 _THRESHOLD = tl.constexpr(THRESHOLD)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: a float32 below 2**22 that it is added to, and taken from again, is rounded half to even."""
@@ -93,22 +95,94 @@ def row_sum(x_K, K: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def measure(y, sigma, energy, kept, row, K: tl.constexpr, STAGES: tl.constexpr):
-    """A row's threshold, of its own sigma if none is given. Stores the energy, and what is kept of it."""
-    y_K = tl.load(y + tl.arange(0, K))
+def ternarise(y_K, sigma, energy, kept, row, K: tl.constexpr, STAGES: tl.constexpr):
+    """Trits plus one, int32. Stores the row's energy and what was kept of it. Its own sigma if none is given."""
     total = row_sum(y_K * y_K, K, STAGES)
     threshold = _THRESHOLD * (tl.sqrt_rn(total * (1.0 / K)) if sigma is None else tl.load(sigma + row))
     size_K = tl.abs(y_K)
     tl.store(energy + row, total)
     tl.store(kept + row, row_sum(tl.where(size_K > threshold, size_K, 0.0), K, STAGES))
-    return threshold
+    return 1 + (y_K > threshold).to(tl.int32) - (y_K < -threshold).to(tl.int32)
 
 
 @triton.jit
-def digits_at(y, index, threshold, K: tl.constexpr):
-    """Trits plus one of a row's elements, int32; 1 beyond the row. Read again: `measure` left them in the L1 cache."""
-    y = tl.load(y + index, mask=index < K, other=0.0)
-    return 1 + (y > threshold).to(tl.int32) - (y < -threshold).to(tl.int32)
+def digits_at(digits_K, index, K: tl.constexpr):
+    """Some of a row's trits plus one; 1 beyond the row."""
+    return tl.where(index < K, tl.gather(digits_K, tl.minimum(index, K - 1), 0), 1)
+
+
+@triton.jit
+def encode_row(gradient, step, seed, t, K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr):
+    """A row of `interface.Gradient`."""
+    bucket, factors, table, owner = gradient
+    i = tl.arange(0, K)
+    offset, numel, num_rows, num_cols, first, count, factor, stream = parameter_of_row(table, owner, t, ALIGN)
+    y_K = tl.zeros((K,), tl.float32)
+    for slot in range(tl.cdiv(numel - (t - first) * K, count * K).to(tl.int32)):
+        start = (slot * count + t - first) * K
+        length = length_of_row(numel, start, K, ALIGN)
+        x_K = tl.load(bucket + (offset + start) + i, mask=i < length, other=0.0).to(tl.float32)
+        if factors is not None:
+            x_K = whiten(x_K, factors + factor, num_rows, num_cols, start, length, K)
+        y_K += bind(x_K, start, stream, step, seed, K)
+    return rotate(y_K, K, STAGES)
+
+
+@triton.jit
+def row_of(rows, gradient, step, seed, t, K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr):
+    """A row of `interface.Rows`: of floats, or of a gradient if there are none."""
+    if rows is not None:
+        y_K = tl.load(rows + t * K + tl.arange(0, K))
+    else:
+        y_K = encode_row(gradient, step, seed, t, K, STAGES, ALIGN)
+    return y_K
+
+
+@triton.jit
+def sum_packed(packets, num_ranks, t, K: tl.constexpr):
+    """The ranks' trits times their levels, or times one if there are none."""
+    packed, rank_stride, levels, level_rank_stride, level_stride = packets
+    element = tl.arange(0, K)
+    place = element % _PER_BYTE
+    # byte // 3**place is byte * inverse >> 16, for each of 0..255
+    inverse = tl.where(place == 0, 65536, tl.where(place == 1, 21846, tl.where(place == 2, 7282, 2428)))
+    inverse = tl.where(place == 4, 810, inverse)
+    packed += t * tl.cdiv(K, _PER_BYTE) + element // _PER_BYTE
+    y_K = tl.zeros((K,), tl.float32)
+    for rank in range(num_ranks):
+        x_K = ((tl.load(packed + rank * rank_stride).to(tl.int32) * inverse >> 16) % 3 - 1).to(tl.float32)
+        if levels is not None:
+            x_K *= tl.load(levels + rank * level_rank_stride + t * level_stride).to(tl.float32)
+        y_K += x_K
+    return y_K
+
+
+@triton.jit
+def sums_of_digits(lanes, t, K: tl.constexpr, DIGITS: tl.constexpr, BASE: tl.constexpr, L: tl.constexpr):
+    """`packing.unpack_digits` of a row."""
+    element = tl.arange(0, K)
+    digit, power = element // L, tl.full((K,), 1, tl.uint64)
+    for i in tl.static_range(DIGITS - 1):
+        power = tl.where(i < digit, power * BASE, power)
+    lane_K = tl.load(lanes + t * L + element % L).to(tl.uint64)
+    return ((lane_K // power % BASE).to(tl.int32) - BASE // 2).to(tl.float32)
+
+
+@triton.jit
+def mean_row(received, num_ranks, t, K: tl.constexpr, DIGITS: tl.constexpr, BASE: tl.constexpr, L: tl.constexpr):
+    """A row of `interface.Received`: of floats, of lanes or of packed trits, whichever there is."""
+    rows, packets, lanes, shared = received
+    if rows is not None:
+        y_K = tl.load(rows + t * K + tl.arange(0, K))
+    else:
+        if lanes is not None:
+            y_K = sums_of_digits(lanes, t, K, DIGITS, BASE, L)
+        else:
+            y_K = sum_packed(packets, num_ranks, t, K)
+        if shared is not None:
+            y_K *= tl.load(shared + t)
+        y_K = tl.div_rn(y_K, num_ranks.to(tl.float32))
+    return y_K
 
 
 @triton.jit

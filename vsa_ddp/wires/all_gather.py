@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
+from vsa_ddp.kernels import Packed
 from vsa_ddp.packing import Packet, pack_packet, unpack_packet
 from vsa_ddp.ternary import level
-from vsa_ddp.wires.all_reduce import mean_of_trits
+from vsa_ddp.wires.all_reduce import shared_level
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds, summed_dtype
 
@@ -25,11 +26,11 @@ class AllGather:
     fresh_keys: ClassVar[bool] = False
 
     def exchange(self, message: Message, link: Link) -> Rounds:
-        kernels, block, w = message.kernels, message.y_TK.shape[1], link.world_size
-        packed_TP, energy_T, kept_T = kernels.quantize(message.y_TK, message.sigma_T if self.shared_sigma else None)
+        w, shape = link.world_size, message.rows.shape
+        sigma_T = message.sigma_T if self.shared_sigma else None
+        packed_TP, energy_T, kept_T = message.kernels.quantize(message.rows, sigma_T)
         levels = torch.cat([energy_T, kept_T]) if self.shared_sigma else level(energy_T, kept_T)
         mine = Packet(packed_TP, levels.bfloat16(), message.scales_S.bfloat16(), message.exact_E)
-        del message  # or its hypervector would be kept while the packets travel
         future, packets = link.all_gather(pack_packet(mine))
         yield future
 
@@ -45,7 +46,6 @@ class AllGather:
             scales_S += theirs.scales_S[rank]
         exact_E, scales_S = (exact_E / w).to(mine.exact_E.dtype), scales_S / w
         if self.shared_sigma:
-            sums_TK = kernels.mean_of_packed(theirs.packed_TP, None, block)
-            y_TK, sigma_T = mean_of_trits(sums_TK, levels_sum, w)
-            return Mean(y_TK, exact_E, scales_S, sigma_T)
-        return Mean(kernels.mean_of_packed(theirs.packed_TP, theirs.levels_T, block), exact_E, scales_S)
+            levels_T, sigma_T = shared_level(levels_sum, w, shape[1])
+            return Mean(Packed(theirs.packed_TP, levels_T, shape), exact_E, scales_S, sigma_T)
+        return Mean(Packed(theirs.packed_TP, theirs.levels_T, shape), exact_E, scales_S)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vsa_ddp.ternary import dequantize, level
+from vsa_ddp.kernels import Summed
+from vsa_ddp.ternary import level
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds
 
@@ -27,25 +28,24 @@ class AllReduce:
     def exchange(self, message: Message, link: Link) -> Rounds:
         assert message.sigma_T is not None
         w = link.world_size
-        lanes, energy_T, kept_T = message.kernels.quantize_to_digits(message.y_TK, message.sigma_T, w)
+        lanes, energy_T, kept_T = message.kernels.quantize_to_digits(message.rows, message.sigma_T, w)
         # bfloat16's 8 bits: sums of them are exact in any order, and the same as AllGather's
         levels = torch.cat([energy_T, kept_T]).bfloat16()
         sides = torch.cat([part.double() for part in (levels, message.scales_S.bfloat16(), message.exact_E)])
         yield link.all_reduce_sum_(lanes, sides)
 
         keep_for_current_stream(lanes, sides)
-        sums_TK = message.kernels.sums_of_digits(lanes, message.y_TK.shape[1], w)
         first, second = levels.numel(), levels.numel() + message.scales_S.numel()
         levels_sum, scales_S, exact_E = sides.tensor_split([first, second])
-        y_TK, sigma_T = mean_of_trits(sums_TK, levels_sum.float(), w)
-        return Mean(y_TK, (exact_E / w).to(message.exact_E.dtype), scales_S.float() / w, sigma_T)
+        levels_T, sigma_T = shared_level(levels_sum.float(), w, message.rows.shape[1])
+        mean = Summed(lanes, levels_T, w, message.rows.shape)
+        return Mean(mean, (exact_E / w).to(message.exact_E.dtype), scales_S.float() / w, sigma_T)
 
 
-def mean_of_trits(sums_TK: Tensor, levels_sum: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """The mean of the ranks' rows, and their standard deviation, from sums of trits at a shared sigma.
+def shared_level(levels_sum: Tensor, world_size: int, block: int) -> tuple[Tensor, Tensor]:
+    """The level of trits summed at a shared sigma, and the ranks' own standard deviation.
 
-    Shapes: (T, K) float32 of integers, (2T,) float32 energies and what was kept -> (T, K), (T,) float32.
+    Shapes: (2T,) float32 energies and what was kept, summed over ranks -> (T,), (T,) float32.
     """
     energy_T, kept_T = levels_sum.chunk(2)
-    y_TK = dequantize(sums_TK, level(energy_T, kept_T)) / world_size
-    return y_TK, (energy_T / (world_size * sums_TK.shape[1])).sqrt()
+    return level(energy_T, kept_T), (energy_T / (world_size * block)).sqrt()

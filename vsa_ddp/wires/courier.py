@@ -123,4 +123,5 @@ def _all_parts(rounds: Rounds, pending: Future[Any]) -> Mean:
 
 
 def _tensors(mean: Mean) -> list[Tensor]:
-    return [tensor for tensor in vars(mean).values() if tensor is not None]
+    parts = [mean, mean.rows] if not isinstance(mean.rows, Tensor) else [mean]
+    return [tensor for part in parts for tensor in vars(part).values() if isinstance(tensor, Tensor)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vsa_ddp.kernels import encode
 from vsa_ddp.wires.link import Link, keep_for_current_stream
 from vsa_ddp.wires.message import Mean, Message, Rounds, Wire, summed_dtype
 from vsa_ddp.wires.shards import joined, shards
@@ -37,10 +38,14 @@ class Hierarchical:
         return self.between.fresh_keys
 
     def exchange(self, message: Message, link: Link) -> Rounds:
-        node, num_blocks, block = link.node, *message.y_TK.shape
+        node, (num_blocks, block), kernels = link.node, message.rows.shape, message.kernels
         size = node.world_size
         summed = summed_dtype(message.exact_E)
-        mine = [shards(message.y_TK, size).flatten(1), shards(message.exact_E, size), shards(message.scales_S, size)]
+        mine = [
+            shards(encode(message.rows), size).flatten(1),
+            shards(message.exact_E, size),
+            shards(message.scales_S, size),
+        ]
         sigma_t = None if message.sigma_T is None else shards(message.sigma_T, size)[node.rank]
         keys_tC = None if message.keys_TC is None else shards(message.keys_TC, size)[node.rank]
         future, theirs_LF = node.all_to_all(torch.cat([part.to(summed) for part in mine], 1))
@@ -52,10 +57,10 @@ class Hierarchical:
             mean_F += floats_F
         y, exact, scales = torch.split(mean_F / size, [part.shape[1] for part in mine])
         y_tK, exact_E = y.view(-1, block).float(), exact.to(message.exact_E.dtype)
-        shard = Message(message.kernels, y_tK, exact_E, scales.float(), sigma_t, keys_tC)
+        shard = Message(kernels, y_tK, exact_E, scales.float(), sigma_t, keys_tC)
         mean = yield from self.between.exchange(shard, link.between)
 
-        found = [mean.y_TK.flatten(), mean.exact_E, mean.scales_S]
+        found = [kernels.mean(mean.rows).flatten(), mean.exact_E, mean.scales_S]
         if mean.sigma_T is not None:
             found.append(mean.sigma_T)
         future, all_LF = node.all_gather(torch.cat([part.to(summed) for part in found]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from vsa_ddp.kernels import Kernels
+from vsa_ddp.kernels import Kernels, Received, Rows
 from vsa_ddp.wires.link import Link
 
 
@@ -21,8 +21,8 @@ class Message:
 
     kernels: Kernels
     """What calculates."""
-    y_TK: Tensor
-    """The rotated hypervector, float32."""
+    rows: Rows
+    """The rotated hypervector, (T, K); encoded when the wire asks for it."""
     exact_E: Tensor
     """Small parameters, in the bucket's dtype."""
     scales_S: Tensor
@@ -37,7 +37,7 @@ class Message:
 class Mean:
     """The ranks' mean of a message, the same bits on all. Shapes and dtypes as in `Message`."""
 
-    y_TK: Tensor
+    rows: Received
     exact_E: Tensor
     scales_S: Tensor
     sigma_T: Tensor | None = None

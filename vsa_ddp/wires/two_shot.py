@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vsa_ddp.hypervector import bind, unbind, unpack_keys
+from vsa_ddp.kernels import Packed
 from vsa_ddp.packing import Packet, pack_packet, unpack_packet
 from vsa_ddp.ternary import level
 from vsa_ddp.wires.link import Link, keep_for_current_stream
@@ -29,8 +30,8 @@ class TwoShot:
 
     def exchange(self, message: Message, link: Link) -> Rounds:
         assert message.keys_TC is not None
-        w, kernels, block = link.world_size, message.kernels, message.y_TK.shape[1]
-        packed_TP, energy_T, kept_T = kernels.quantize(message.y_TK)
+        w, kernels, (num_blocks, block) = link.world_size, message.kernels, message.rows.shape
+        packed_TP, energy_T, kept_T = kernels.quantize(message.rows)
         first = Packet(
             shards(packed_TP, w),
             shards(level(energy_T, kept_T).bfloat16(), w),
@@ -49,7 +50,7 @@ class TwoShot:
         for rank in range(w):
             exact += arrived.exact_E[rank]
             scales += arrived.scales_S[rank]
-        y_tK = kernels.mean_of_packed(arrived.packed_TP, arrived.levels_T, block)
+        y_tK = kernels.mean(Packed(arrived.packed_TP, arrived.levels_T, (len(keys_tK), block)))
         packed_tP, energy_t, kept_t = kernels.quantize(kernels.rotate(bind(y_tK, keys_tK)))
         second = Packet(
             packed_tP,
@@ -62,9 +63,8 @@ class TwoShot:
 
         keep_for_current_stream(packets, message.keys_TC)
         arrived = unpack_packet(packets, like=second)
-        num_blocks = message.y_TK.shape[0]
         rows_TP, levels_T = joined(arrived.packed_TP, num_blocks), joined(arrived.levels_T, num_blocks)
-        y_TK = kernels.rotate(kernels.mean_of_packed(rows_TP[None], levels_T[None], block))
+        y_TK = kernels.rotate(kernels.mean(Packed(rows_TP[None], levels_T[None], (num_blocks, block))))
         return Mean(
             unbind(y_TK, unpack_keys(message.keys_TC)),
             joined(arrived.exact_E, message.exact_E.shape[0]),
