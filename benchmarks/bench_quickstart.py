@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from benchmarks.store import Store
+from benchmarks.store import Store, page_head
 from launch.cli import run_command
 from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, run_method
 from launch.train import OptimizerName, TrainConfig, learning_rate
@@ -70,9 +70,9 @@ def key(run: Run) -> tuple[Any, ...]:
 
 def report(results: dict[str, Any]) -> str:
     """The tables of a results file, as Markdown."""
-    lines = ["# Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", ""]
-    lines += ["`python -m benchmarks.bench_quickstart` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head(
+        "Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", "bench_quickstart", results
+    )
     for optimizer, steps in sorted({(run["optimizer"], run["steps"]) for run in results["runs"]}):
         runs = [run for run in results["runs"] if (run["optimizer"], run["steps"]) == (optimizer, steps)]
         stated = [run for run in runs if is_stated(run)]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks import rivals
 from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
-from benchmarks.store import Store
+from benchmarks.store import Store, page_head
 from benchmarks.tasks import TASKS
 from launch.cli import run_command
 from launch.train import schedule
@@ -320,9 +320,7 @@ def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
 
 def report(results: dict[str, Any]) -> str:
     """The tables of a results file, as Markdown."""
-    lines = ["# Loss against bytes: every method at its own best learning rate", ""]
-    lines += ["`python -m benchmarks.bench_training` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         if not any(found.values()):

@@ -25,7 +25,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
-from benchmarks.store import Record, Store, find
+from benchmarks.store import Record, Store, find, page_head
 from launch.cli import run_command
 from vsa_ddp import cost, probe
 
@@ -227,9 +227,7 @@ def summary(results: dict[str, Any]) -> str:
 
 def report(results: dict[str, Any]) -> str:
     records, size = results["records"], headline(results["records"])
-    lines = ["# Wires on real links: bytes at the interface, and step times", ""]
-    lines += ["`python -m benchmarks.bench_wire` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Wires on real links: bytes at the interface, and step times", "bench_wire", results)
     lines += ["", "Median ms per step (least to most) of turns taken in one run; MiB that one host sent per step."]
     for hosts in sorted({r["hosts"] for r in records}):
         lines += ["", f"## {hosts} hosts, {size / 1e6:.1f} M parameters", ""]

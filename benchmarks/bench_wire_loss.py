@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from benchmarks.store import Store
+from benchmarks.store import Store, page_head
 from launch.cli import run_command
 from launch.quickstart import figures_of, run_method
 from launch.train import TrainConfig
@@ -50,9 +50,7 @@ def excess(run: Run, runs: list[Run]) -> float:
 
 def report(results: dict[str, Any]) -> str:
     runs = results["runs"]
-    lines = ["# Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", ""]
-    lines += ["`python -m benchmarks.bench_wire_loss` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", "bench_wire_loss", results)
     lines += [
         "",
         "Held-out loss in nats per character, and against all_gather with the same seed; what a rank hands over.",

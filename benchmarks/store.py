@@ -22,6 +22,12 @@ def find(records: list[Record], **wanted: Any) -> list[Record]:
     return [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
 
 
+def page_head(title: str, bench: str, results: Results) -> list[str]:
+    """The first lines of a page: its title, the commands that make it, and the environment of its results."""
+    made_by = f"`python -m benchmarks.{bench}` wrote the runs, `--report` this page."
+    return [f"# {title}", "", made_by, "", *(f"- {name}: {value}" for name, value in results["environment"].items())]
+
+
 class Store:
     """The results of one benchmark: `environment` of the machine, and a list of what was measured.
 
