@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -34,13 +34,12 @@ from benchmarks.rivals import Averager
 from benchmarks.store import Store, page_head
 from benchmarks.tasks import TASKS
 from launch.cli import run_command
-from launch.train import schedule
+from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
 from vsa_ddp.register import FAMILY_SETTINGS
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
 SEEDS = (0, 1, 2)
-OptimizerName = Literal["adamw", "sgd"]
 Run = dict[str, Any]
 
 METHODS = (
@@ -133,12 +132,6 @@ def period(method: str) -> int | None:
     return {"local": int(number or 0), "alone": 0}.get(name)
 
 
-def make_optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
-    if trial.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), trial.lr, betas=(trial.momentum, 0.95), weight_decay=0.1)
-    return torch.optim.SGD(model.parameters(), trial.lr, momentum=trial.momentum)
-
-
 def run(trial: Trial) -> Run:
     """Train. Losses are None once a loss was not finite or far above where it began."""
     torch.set_num_threads(1)
@@ -164,7 +157,7 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     model = task.model()
     parameters = list(model.parameters())
     averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
-    optimizer = make_optimizer(model, trial)
+    optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))
     orders = rank_orders(trial)
     gradient_WN = torch.empty(trial.world_size, sum(p.numel() for p in parameters))
@@ -195,7 +188,7 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     for _ in range(trial.world_size):
         torch.manual_seed(trial.seed)
         models.append(task.model())
-        optimizers.append(make_optimizer(models[-1], trial))
+        optimizers.append(make_optimizer(models[-1], trial.optimizer, trial.lr, trial.momentum))
         rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
         schedulers.append(rate)
     orders, losses, sent_bytes = rank_orders(trial), [], 0.0
