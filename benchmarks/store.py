@@ -58,12 +58,12 @@ class Store:
             raise typer.BadParameter(f"{file} cannot go on: {values}; name another file.", param_hint="'--json'")
 
     @property
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> list[Record]:
         """What was measured so far."""
-        measured: list[dict[str, Any]] = self.results[self._kind]
+        measured: list[Record] = self.results[self._kind]
         return measured
 
-    def add(self, *measured: dict[str, Any]) -> None:
+    def add(self, *measured: Record) -> None:
         """Keep what was measured, at once, and by which commit."""
         environment = self.results["environment"]
         if self._commit not in environment["commit"].split(", "):
