@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from benchmarks.store import Store
+from benchmarks.store import Record, Results, Store, find, page_head
 from launch.cli import run_command
 from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, run_method
 from launch.train import OptimizerName, TrainConfig, learning_rate
@@ -42,8 +42,6 @@ GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
 LONG_STEPS = 3000
 """Compression noise shows on long runs: AdamW at the stated learning rates, not tuned again."""
 
-Run = dict[str, Any]
-
 
 def planned() -> list[TrainConfig]:
     """The stated learning rates first, then the rest of the grids."""
@@ -58,23 +56,23 @@ def planned() -> list[TrainConfig]:
     return configs + long
 
 
-def is_stated(run: Run) -> bool:
+def is_stated(run: Record) -> bool:
     """Whether a run used the learning rate that the quickstart states for its method."""
     stated = TrainConfig(method=run["method"], optimizer=run["optimizer"])
     return math.isclose(run["lr"], learning_rate(stated), rel_tol=1e-6)
 
 
-def key(run: Run) -> tuple[Any, ...]:
+def key(run: Record) -> tuple[Any, ...]:
     return run["optimizer"], run["method"], f"{run['lr']:.4g}", run["seed"], run["steps"]
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
-    lines = ["# Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", ""]
-    lines += ["`python -m benchmarks.bench_quickstart` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head(
+        "Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", "bench_quickstart", results
+    )
     for optimizer, steps in sorted({(run["optimizer"], run["steps"]) for run in results["runs"]}):
-        runs = [run for run in results["runs"] if (run["optimizer"], run["steps"]) == (optimizer, steps)]
+        runs = find(results["runs"], optimizer=optimizer, steps=steps)
         stated = [run for run in runs if is_stated(run)]
         lines += ["", f"## {optimizer}, {steps} steps: every seed at the stated learning rate", ""]
         lines += ["| method | seed | lr | train loss | held-out loss | KiB/step | compression | ms/step | ms in hook |"]
@@ -95,22 +93,22 @@ def report(results: dict[str, Any]) -> str:
         ]
         lines += ["| method | lr | mean | seeds |", "|---|---|---|---|"]
         for method, lr in sorted({(r["method"], r["lr"]) for r in runs}, key=lambda p: (METHODS.index(p[0]), p[1])):
-            at = sorted((r for r in runs if (r["method"], r["lr"]) == (method, lr)), key=lambda r: r["seed"])
+            at = sorted(find(runs, method=method, lr=lr), key=lambda r: r["seed"])
             mark = " (stated)" if is_stated(at[0]) else ""
             each = ", ".join(_loss(r, "heldout_loss") for r in at)
             lines.append(f"| {LABELS[method]} | {lr:.4g}{mark} | {_mean(at)} | {each} |")
     return "\n".join(lines) + "\n"
 
 
-def summary(results: dict[str, Any]) -> str:
+def summary(results: Results) -> str:
     """The README's table: AdamW at the stated learning rates, mean over the seeds."""
     lines = [
         "| | learning rate | held-out loss | KiB per step | compression | ms per step | ms in hook, beside backward |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for method in METHODS:
-        wanted = ("adamw", method, TrainConfig.steps)
-        runs = [r for r in results["runs"] if (r["optimizer"], r["method"], r["steps"]) == wanted and is_stated(r)]
+        trained = find(results["runs"], optimizer="adamw", method=method, steps=TrainConfig.steps)
+        runs = [run for run in trained if is_stated(run)]
         mean = {name: statistics.mean(run[name] for run in runs) for name in FIGURES}
         losses = sorted(run["heldout_loss"] for run in runs)
         spread = f"{losses[0]:.3f} to {losses[-1]:.3f}"
@@ -122,16 +120,16 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _loss(run: Run, name: str) -> str:
+def _loss(run: Record, name: str) -> str:
     return "diverged" if run[name] is None else f"{run[name]:.3f}"
 
 
-def _mean(runs: list[Run]) -> str:
+def _mean(runs: list[Record]) -> str:
     losses = [run["heldout_loss"] for run in runs]
     return "diverged" if None in losses else f"{statistics.mean(losses):.3f}"
 
 
-def _verdict(stated: list[Run]) -> list[str]:
+def _verdict(stated: list[Record]) -> list[str]:
     """Ours against the others, seed by seed."""
     lines = []
     by = {(run["method"], run["seed"]): run for run in stated}

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,17 +31,15 @@ from tqdm import tqdm
 from benchmarks import rivals
 from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
-from benchmarks.store import Store
+from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
 from launch.cli import run_command
-from launch.train import schedule
+from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
 from vsa_ddp.register import FAMILY_SETTINGS
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
 SEEDS = (0, 1, 2)
-OptimizerName = Literal["adamw", "sgd"]
-Run = dict[str, Any]
 
 METHODS = (
     "dense",
@@ -86,9 +84,9 @@ class Suite:
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
 
-    def matches(self, run: Run) -> bool:
-        same = ("task", "optimizer", "steps", "world_size")
-        return all(run[name] == getattr(self, name) for name in same)
+    def among(self, runs: list[Record]) -> list[Record]:
+        """Those of its runs that are among these."""
+        return find(runs, task=self.task, optimizer=self.optimizer, steps=self.steps, world_size=self.world_size)
 
 
 _FEWER = ("dense", "vsa 1", "vsa 4", "vsa 16", "powersgd 1", "powersgd 4", "drive", "local 80", "alone")
@@ -133,13 +131,7 @@ def period(method: str) -> int | None:
     return {"local": int(number or 0), "alone": 0}.get(name)
 
 
-def make_optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
-    if trial.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), trial.lr, betas=(trial.momentum, 0.95), weight_decay=0.1)
-    return torch.optim.SGD(model.parameters(), trial.lr, momentum=trial.momentum)
-
-
-def run(trial: Trial) -> Run:
+def run(trial: Trial) -> Record:
     """Train. Losses are None once a loss was not finite or far above where it began."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -164,7 +156,7 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     model = task.model()
     parameters = list(model.parameters())
     averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
-    optimizer = make_optimizer(model, trial)
+    optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))
     orders = rank_orders(trial)
     gradient_WN = torch.empty(trial.world_size, sum(p.numel() for p in parameters))
@@ -195,7 +187,7 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     for _ in range(trial.world_size):
         torch.manual_seed(trial.seed)
         models.append(task.model())
-        optimizers.append(make_optimizer(models[-1], trial))
+        optimizers.append(make_optimizer(models[-1], trial.optimizer, trial.lr, trial.momentum))
         rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
         schedulers.append(rate)
     orders, losses, sent_bytes = rank_orders(trial), [], 0.0
@@ -237,7 +229,7 @@ def diverged(losses: list[float]) -> bool:
 # Planning
 
 
-def score(run: Run) -> float:
+def score(run: Record) -> float:
     return math.inf if run["heldout_loss"] is None else run["heldout_loss"]
 
 
@@ -249,9 +241,9 @@ def start_lr(suite: Suite, method: str) -> float:
     return suite.base_lr
 
 
-def waiting(suite: Suite, method: str, momentum: float, runs: list[Run]) -> Iterator[Trial]:
+def waiting(suite: Suite, method: str, momentum: float, runs: list[Record]) -> Iterator[Trial]:
     """What can be run now: the grid with the first seed, its extension while the best is at an end, other seeds."""
-    mine = [r for r in runs if suite.matches(r) and (r["method"], r["momentum"]) == (method, momentum)]
+    mine = find(suite.among(runs), method=method, momentum=momentum)
     start = start_lr(suite, method)
     trial = Trial(
         task=suite.task,
@@ -262,20 +254,20 @@ def waiting(suite: Suite, method: str, momentum: float, runs: list[Run]) -> Iter
         steps=suite.steps,
         world_size=suite.world_size,
     )
-    first = {round(2 * math.log2(r["lr"] / start)): r for r in mine if r["seed"] == SEEDS[0]}
+    first = {round(2 * math.log2(r["lr"] / start)): r for r in find(mine, seed=SEEDS[0])}
     wanted = {-1, 0, 1} - first.keys()
     if not wanted:
         best = min(first, key=lambda k: score(first[k]))
         wanted = {best - 1, best + 1} - first.keys()
         if not wanted and score(first[best]) < math.inf:
             lr = first[best]["lr"]
-            done = {r["seed"] for r in mine if r["lr"] == lr}
+            done = {r["seed"] for r in find(mine, lr=lr)}
             yield from (replace(trial, lr=lr, seed=seed) for seed in SEEDS if seed not in done)
             return
     yield from (replace(trial, lr=start * 2 ** (k / 2)) for k in sorted(wanted) if abs(k) <= 8)
 
 
-def plan(suites: list[Suite], runs: list[Run]) -> list[Trial]:
+def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
     return [
         trial
         for suite in suites
@@ -289,7 +281,7 @@ def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
-        running: dict[Future[Run], Trial] = {}
+        running: dict[Future[Record], Trial] = {}
         while True:
             planned = [t for t in plan(suites, store.list) if t not in running.values()]
             if time.monotonic() < deadline:
@@ -308,21 +300,18 @@ def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
 # Reporting
 
 
-def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
+def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
     """All seeds at the learning rate and momentum that have all seeds and the least mean loss."""
-    groups: dict[tuple[float, float], list[Run]] = {}
-    for r in runs:
-        if suite.matches(r) and r["method"] == method:
-            groups.setdefault((r["lr"], r["momentum"]), []).append(r)
+    groups: dict[tuple[float, float], list[Record]] = {}
+    for r in find(suite.among(runs), method=method):
+        groups.setdefault((r["lr"], r["momentum"]), []).append(r)
     full = [g for g in groups.values() if {r["seed"] for r in g} >= set(SEEDS)] or list(groups.values())
     return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
-    lines = ["# Loss against bytes: every method at its own best learning rate", ""]
-    lines += ["`python -m benchmarks.bench_training` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         if not any(found.values()):
@@ -343,12 +332,12 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compression(runs: list[Run]) -> str:
+def _compression(runs: list[Record]) -> str:
     sent = runs[0]["sent_bytes_per_step"]
     return f"{4 * runs[0]['num_parameters'] / sent:.1f} x" if sent else "nothing sent"
 
 
-def plot(results: dict[str, Any], file: Path) -> None:
+def plot(results: Results, file: Path) -> None:
     """Held-out loss against compression, a panel for each suite."""
     suites = {n: s for n, s in SUITES.items() if best_runs(s, "dense", results["runs"])}
     if not suites:

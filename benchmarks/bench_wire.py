@@ -25,7 +25,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.netlab import NetLab, NetLabError, why_not_shaped
-from benchmarks.store import Record, Store, find
+from benchmarks.store import Record, Results, Store, find, page_head
 from launch.cli import run_command
 from vsa_ddp import cost, probe
 
@@ -210,7 +210,7 @@ def _nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # The report
 
 
-def summary(results: dict[str, Any]) -> str:
+def summary(results: Results) -> str:
     """The README's table: two hosts, milliseconds per step and how many times faster than plain DDP."""
     at = find(results["records"], hosts=2, num_parameters=headline(results["records"]))
     lines = ["| ms per step | " + " | ".join(link_name(mbit) for mbit in LINKS) + " | MiB sent |"]
@@ -225,11 +225,9 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     records, size = results["records"], headline(results["records"])
-    lines = ["# Wires on real links: bytes at the interface, and step times", ""]
-    lines += ["`python -m benchmarks.bench_wire` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Wires on real links: bytes at the interface, and step times", "bench_wire", results)
     lines += ["", "Median ms per step (least to most) of turns taken in one run; MiB that one host sent per step."]
     for hosts in sorted({r["hosts"] for r in records}):
         lines += ["", f"## {hosts} hosts, {size / 1e6:.1f} M parameters", ""]
@@ -261,7 +259,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *_cost_model(results), *_advice(results)]) + "\n"
 
 
-def _cost_model(results: dict[str, Any]) -> list[str]:
+def _cost_model(results: Results) -> list[str]:
     fit = Fit(results["records"], results["environment"]["rotation_s"])
     lines = ["", "## Cost model", ""]
     lines += [
@@ -300,7 +298,7 @@ def _cost_model(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(results: dict[str, Any]) -> list[str]:
+def _advice(results: Results) -> list[str]:
     size = headline(results["records"])
     lines = ["", "## Advice", "", "What `vsa_ddp.advise` says of the settings measured, and whether it was right:", ""]
     for hosts, mbit in itertools.product(HOSTS, LINKS):
@@ -315,7 +313,7 @@ def _advice(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plot_steps(results: dict[str, Any], file: Path) -> None:
+def plot_steps(results: Results, file: Path) -> None:
     """Step times by method, one panel for each number of hosts and link."""
     records, size = results["records"], headline(results["records"])
     hosts_of, links = sorted({r["hosts"] for r in records}), [m for m in LINKS if find(records, mbit=m)]

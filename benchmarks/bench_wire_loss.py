@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from benchmarks.store import Store
+from benchmarks.store import Record, Results, Store, find, page_head
 from launch.cli import run_command
 from launch.quickstart import figures_of, run_method
 from launch.train import TrainConfig
@@ -34,25 +34,21 @@ WIRES: tuple[tuple[WireName, int], ...] = (
 )
 """Wires, and ranks per node."""
 
-Run = dict[str, Any]
 
-
-def key(run: Run) -> tuple[Any, ...]:
+def key(run: Record) -> tuple[Any, ...]:
     return run["wire"], run["ranks_per_node"], run["seed"], run["steps"]
 
 
-def excess(run: Run, runs: list[Run]) -> float:
+def excess(run: Record, runs: list[Record]) -> float:
     """Held-out loss over that of `all_gather` with the same seed, less one."""
-    (reference,) = (r for r in runs if key(r) == ("all_gather", 1, run["seed"], run["steps"]))
+    (reference,) = find(runs, wire="all_gather", ranks_per_node=1, seed=run["seed"], steps=run["steps"])
     ratio: float = run["heldout_loss"] / reference["heldout_loss"]
     return ratio - 1
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     runs = results["runs"]
-    lines = ["# Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", ""]
-    lines += ["`python -m benchmarks.bench_wire_loss` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", "bench_wire_loss", results)
     lines += [
         "",
         "Held-out loss in nats per character, and against all_gather with the same seed; what a rank hands over.",
@@ -63,7 +59,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for wire, ranks in WIRES:
-        at = sorted((r for r in runs if (r["wire"], r["ranks_per_node"]) == (wire, ranks)), key=lambda r: r["seed"])
+        at = sorted(find(runs, wire=wire, ranks_per_node=ranks), key=lambda r: r["seed"])
         if not at:
             continue
         excesses = [excess(run, runs) for run in at]

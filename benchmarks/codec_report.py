@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.codec_methods import POWERSGD_RANK
-from benchmarks.store import Record, Results, find
+from benchmarks.store import Record, Results, find, page_head
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,9 +49,7 @@ def codec_names(records: list[Record]) -> Iterator[tuple[str, int]]:
 
 def report(results: Results) -> str:
     records = results["records"]
-    lines = ["# What the codec and the hook cost on a bucket", ""]
-    lines += ["`python -m benchmarks.bench_codec` wrote the runs, `--report` this page.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    lines = page_head("What the codec and the hook cost on a bucket", "bench_codec", results)
     lines += [
         "",
         "Median ms (least to most) of turns taken in one run, by one rank; GB/s are the bucket's bytes per time.",

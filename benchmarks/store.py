@@ -11,7 +11,7 @@ import typer
 from launch.quickstart import hardware
 
 # What may differ between the parts of one file
-_MAY_CHANGE = {"commit", "python", "vsa_ddp", "rotation_s"}
+_MAY_CHANGE = {"python", "vsa_ddp"}
 
 Results = dict[str, Any]
 Record = dict[str, Any]
@@ -20,6 +20,12 @@ Record = dict[str, Any]
 def find(records: list[Record], **wanted: Any) -> list[Record]:
     """Those records that have all these values."""
     return [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
+
+
+def page_head(title: str, bench: str, results: Results) -> list[str]:
+    """The first lines of a page: its title, the commands that make it, and the environment of its results."""
+    made_by = f"`python -m benchmarks.{bench}` wrote the runs, `--report` this page."
+    return [f"# {title}", "", made_by, "", *(f"- {name}: {value}" for name, value in results["environment"].items())]
 
 
 class Store:
@@ -38,8 +44,9 @@ class Store:
         self.file = file
         self._kind = kind
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        here = {**settings, **hardware(), "commit": commit.stdout.strip() or "unknown"}
-        self.results: Results = {"environment": here, kind: []}
+        self._commit = commit.stdout.strip() or "unknown"
+        here = {**settings, **hardware()}
+        self.results: Results = {"environment": {**here, "commit": self._commit}, kind: []}
         if file is None or not file.exists():
             return
         self.results = json.loads(file.read_text())
@@ -49,17 +56,18 @@ class Store:
         if differ := [name for name in here if name not in _MAY_CHANGE and there.get(name) != here[name]]:
             values = ", ".join(f"{name} is {there.get(name)!r} there and {here[name]!r} here" for name in differ)
             raise typer.BadParameter(f"{file} cannot go on: {values}; name another file.", param_hint="'--json'")
-        if here["commit"] not in there["commit"].split(", "):
-            there["commit"] += f", {here['commit']}"
 
     @property
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> list[Record]:
         """What was measured so far."""
-        measured: list[dict[str, Any]] = self.results[self._kind]
+        measured: list[Record] = self.results[self._kind]
         return measured
 
-    def add(self, *measured: dict[str, Any]) -> None:
-        """Keep what was measured, at once."""
+    def add(self, *measured: Record) -> None:
+        """Keep what was measured, at once, and by which commit."""
+        environment = self.results["environment"]
+        if self._commit not in environment["commit"].split(", "):
+            environment["commit"] += f", {self._commit}"
         self.list.extend(measured)
         if self.file is not None:
             self.file.write_text(json.dumps(self.results, indent=1) + "\n")

@@ -107,11 +107,13 @@ def learning_rate(config: TrainConfig) -> float:
     return LEARNING_RATES[config.optimizer, config.method]
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    lr = learning_rate(config)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+def make_optimizer(
+    model: torch.nn.Module, name: OptimizerName, lr: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """`momentum` is beta1 of AdamW."""
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(momentum, 0.95), weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
 def compress(
@@ -170,7 +172,7 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     # PowerSGD hangs or aborts on gloo with two buckets or more
     cap = {"bucket_cap_mb": 1024} if config.method == "powersgd" else {}
     ddp_model = TimedDDP(model, device_ids=[device.index] if device.type == "cuda" else None, **cap)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, config.optimizer, learning_rate(config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.steps))
     history = History(config.steps)
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}

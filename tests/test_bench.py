@@ -156,3 +156,16 @@ def test_a_results_file_goes_on_only_where_it_was_begun(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="ranks is 2 there and 3 here; name another file"):
         Store(file, "runs", rebuild=False, ranks=3)
     assert Store(file, "runs", rebuild=True, ranks=3).results["environment"]["ranks"] == 2
+
+
+def test_a_commit_is_named_once_it_has_measured(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    begun = Store(file, "runs", rebuild=False).results
+    here = begun["environment"]["commit"]
+    begun["environment"]["commit"] = "earlier"
+    file.write_text(json.dumps(begun))
+    store = Store(file, "runs", rebuild=False)
+    assert store.results == begun, "a page written now is that of the file"
+    store.add({"loss": 1.0})
+    store.add({"loss": 2.0})
+    assert json.loads(file.read_text())["environment"]["commit"] == f"earlier, {here}"

@@ -12,6 +12,7 @@ import vsa_ddp
 from benchmarks import bench_training, rivals
 from benchmarks.bench_training import SEEDS, Suite, Trial, run, waiting
 from benchmarks.lockstep import LockstepHook, Shapes
+from benchmarks.store import Record
 from tests.models import gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig
@@ -102,7 +103,7 @@ def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> No
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
-    runs: list[bench_training.Run] = []
+    runs: list[Record] = []
     while planned := list(waiting(suite, "dense", 0.9, runs)):
         runs += [{**vars(t), "heldout_loss": abs(math.log2(t.lr / 0.4)) + 0.01 * t.seed} for t in planned]
     best = bench_training.best_runs(suite, "dense", runs)
@@ -113,7 +114,7 @@ def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> N
 
 def test_a_method_that_always_diverges_is_given_up() -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
-    runs: list[bench_training.Run] = []
+    runs: list[Record] = []
     for _ in range(20):
         runs += [{**vars(t), "heldout_loss": None} for t in waiting(suite, "dense", 0.9, runs)]
     assert not list(waiting(suite, "dense", 0.9, runs))
