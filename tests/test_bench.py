@@ -126,8 +126,8 @@ def test_a_quick_run_times_every_method_and_its_report_can_be_rebuilt(tmp_path: 
         assert all(r["bucket_bytes"] == pytest.approx(mib * 2**20, rel=0.02) for r in times)
     for r in find(records, what="memory"):
         assert 0 < r["kept_bytes"] < (4.5 if r["method"] == "PowerSGD" else 1) * r["num_elements"], r
-        # the error that PowerSGD keeps is not in it: a copy of the bucket and the new error
-        assert r["peak_bytes"] > (2 if r["method"] == "PowerSGD" else 0.5 / r["bundle"]) * r["bucket_bytes"], r
+        # the error that PowerSGD keeps is not in it: a copy of the bucket and the new error. Ours holds packets
+        assert r["peak_bytes"] > (2 if r["method"] == "PowerSGD" else 0.2 / r["bundle"]) * r["bucket_bytes"], r
     assert len(find(records, what="step")) == 2
 
     page = file.with_suffix(".md")

@@ -501,7 +501,8 @@ def _arrived(received: Received) -> tuple[Any, ...]:
     (w, num_rows, num_bytes), stride = received.packed_WTP.shape, received.packed_WTP.stride(0)
     flat = received.packed_WTP.as_strided(((w - 1) * stride + num_rows * num_bytes if num_rows else 0,), (1,))
     levels = received.levels.float()
-    own, shared = (torch.ones(w, num_rows), levels) if levels.dim() == 1 else (levels, torch.ones(num_rows))
+    ones = _floats(w, num_rows).fill_(1)
+    own, shared = (ones, levels) if levels.dim() == 1 else (levels, ones[0])
     packets = flat.numpy(), stride, own.contiguous().numpy(), trits_of_byte(flat.device).numpy()
     return _NO_ROWS, packets, _NO_LANES, 0, shared.numpy(), w
 
