@@ -34,17 +34,22 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "wire_cpu2_202611.json"
+USUAL_MIB, SMALL_MIB, WHOLE_MIB = 25, 4, 4096
+"""Buckets: DDP's own size, one for each large matrix, one for all, since torch's PowerSGD hangs on gloo with two."""
 METHODS = [
-    ("compute", 0),
-    ("dense", 0),
-    ("bf16", 0),
-    ("fp16", 0),
-    ("powersgd", 0),
-    ("all_gather", 4),
-    ("all_reduce", 4),
-    ("two_shot", 4),
-    ("all_gather", 16),
+    ("compute", 0, USUAL_MIB),
+    ("dense", 0, USUAL_MIB),
+    ("dense", 0, SMALL_MIB),
+    ("bf16", 0, USUAL_MIB),
+    ("fp16", 0, USUAL_MIB),
+    ("powersgd", 0, WHOLE_MIB),
+    ("all_gather", 4, USUAL_MIB),
+    ("all_gather", 4, SMALL_MIB),
+    ("all_reduce", 4, USUAL_MIB),
+    ("two_shot", 4, USUAL_MIB),
+    ("all_gather", 16, USUAL_MIB),
 ]
+"""Method, bundle, MiB of a bucket."""
 LABELS = {
     "compute": "no communication",
     "dense": "plain DDP",
@@ -62,8 +67,8 @@ ROUNDS = 5
 
 
 def label(record: Record) -> str:
-    name = record["method"]
-    return LABELS.get(name, f"{name}, B={record['bundle']}")
+    name = LABELS.get(record["method"], f"{record['method']}, B={record['bundle']}")
+    return f"{name}, buckets of {SMALL_MIB} MiB" if record["bucket_mib"] == SMALL_MIB else name
 
 
 def link_name(mbit: float | None) -> str:
@@ -81,7 +86,7 @@ def run_setting(hosts: int, mbit: float | None, widths: list[int], rounds: int, 
         def worker(host: int) -> list[str]:
             command = [sys.executable, "-m", "benchmarks.wire_worker", "--rank", str(host), "--hosts", str(hosts)]
             command += ["--master", lab.address(0), "--rounds", str(rounds), "--out", str(out)]
-            command += ["--widths", *map(str, widths), "--methods", *(f"{m}:{b}" for m, b in METHODS)]
+            command += ["--widths", *map(str, widths), "--methods", *(":".join(map(str, method)) for method in METHODS)]
             return command
 
         job = lab.start_job(worker, cwd=ROOT)
@@ -113,30 +118,33 @@ class Fit:
     """The cost model's constants from the records whose size is not held out, by least squares of relative errors.
 
     Known: parameters, bytes, hops, and by how much four hosts on two cores slow each other (compute alone). Unknown:
-    the arithmetic of each method, what a hop costs, and what share of its rate a link gives.
+    the arithmetic of each method, what a hop costs, how much longer than ideal a link takes for floats (`link`), and
+    what share of a link's time for packets is not hidden behind the backward pass (`packets`).
     """
 
-    UNKNOWNS = ("dense", "half", "element", "all_gather", "all_reduce", "two_shot", "gathered", "hop", "link")
+    UNKNOWNS = ("dense", "half", "element", *cost.WIRE_METHODS, "gathered", "hop", "link", "packets")
 
     def __init__(self, records: list[Record], rotation_s: float) -> None:
         self._records = records
         self._sizes = sorted({r["num_parameters"] for r in records})
         self.held_out = {n for n, use in zip(self._sizes, self._uses(), strict=True) if use == "held out"}
         self.rotation_s = rotation_s
-        rows, values = [], []
-        for r in self.usable():
-            if r["num_parameters"] not in self.held_out:
-                weight = 1 / r["median_ms"]
-                rows.append(self._features(r) * weight)
-                values.append((r["median_ms"] - self._compute_ms(r)) * weight)
-        self.unknowns = _nonnegative_least_squares(np.array(rows), np.array(values))
+        fitted = [r for r in self.usable() if r["num_parameters"] not in self.held_out]
+        weights = np.array([1 / r["median_ms"] for r in fitted])
+        values = np.array([r["median_ms"] - self._compute_ms(r) for r in fitted]) * weights
+        self.unknowns = np.ones(len(self.UNKNOWNS))
+        features = np.zeros(0)
+        # linear, once it is known whether arithmetic or the link is what an all-reduce waits for
+        while not np.array_equal(features, now := np.array([self._features(r) for r in fitted])):
+            features = now
+            self.unknowns = _nonnegative_least_squares(features * weights[:, None], values)
 
     def _uses(self) -> list[str]:
         return list(WIDTHS.values()) if len(self._sizes) == len(WIDTHS) else ["fit"] * len(self._sizes)
 
     def usable(self) -> list[Record]:
-        """Those that the model describes: all but compute alone and PowerSGD."""
-        return [r for r in self._records if r["method"] not in ("compute", "powersgd")]
+        """Those that the model describes: all but compute alone, PowerSGD and buckets of another size."""
+        return [r for r in self._records if r["method"] != "compute" and r["bucket_mib"] == USUAL_MIB]
 
     def predict_ms(self, r: Record) -> float:
         return self._compute_ms(r) + float(self._features(r) @ self.unknowns)
@@ -176,7 +184,10 @@ class Fit:
         return at[1] / at[0]
 
     def _features(self, r: Record) -> np.ndarray:
-        """Milliseconds per unit of each unknown: ns per element or trit, us per hop, seconds per ideal second."""
+        """Milliseconds per unit of each unknown: ns per element or trit, us per hop, seconds per ideal second.
+
+        An all-reduce sums what has arrived while more arrives: what takes longer counts, by the unknowns as they are.
+        """
         n, w = r["num_parameters"], r["hosts"]
         d = n / r["bundle"] if r["bundle"] else 0
         method = priced_as(r)
@@ -190,7 +201,10 @@ class Fit:
             ms["gathered"] = w * d * local if method == "all_gather" else 0.0
         ms["hop"] = priced.hops * 1e-3 * self._slowdown(r)
         if r["mbit"] is not None:
-            ms["link"] = priced.received_bytes * 8e-3 / r["mbit"]
+            ms["link" if priced.pipelined else "packets"] = priced.received_bytes * 8e-3 / r["mbit"]
+        if priced.pipelined:
+            known = self.constants()
+            ms[min((method, "link"), key=lambda name: ms[name] * known[name])] = 0.0
         return np.array([ms[name] for name in self.UNKNOWNS])
 
 
@@ -215,11 +229,11 @@ def summary(results: Results) -> str:
     at = find(results["records"], hosts=2, num_parameters=headline(results["records"]))
     lines = ["| ms per step | " + " | ".join(link_name(mbit) for mbit in LINKS) + " | MiB sent |"]
     lines += ["|---" * (len(LINKS) + 2) + "|"]
-    for method, bundle in METHODS:
+    for method, bundle, bucket_mib in METHODS:
         cells = []
         for mbit in LINKS:
-            (r,) = find(at, mbit=mbit, method=method, bundle=bundle)
-            (dense,) = find(at, mbit=mbit, method="dense")
+            (r,) = find(at, mbit=mbit, method=method, bundle=bundle, bucket_mib=bucket_mib)
+            (dense,) = find(at, mbit=mbit, method="dense", bucket_mib=USUAL_MIB)
             cells.append(f"{r['median_ms']:.0f} ({dense['median_ms'] / r['median_ms']:.1f} x)")
         lines.append(f"| {label(r)} | {' | '.join(cells)} | {r['interface_sent'] / 2**20:.2f} |")
     return "\n".join(lines)
@@ -234,11 +248,12 @@ def report(results: Results) -> str:
         links = [m for m in LINKS if find(records, hosts=hosts, mbit=m)]
         lines += ["| method | " + " | ".join(f"{link_name(m)}, ms | times plain DDP" for m in links) + " | MiB sent |"]
         lines += ["|---|" + "---|---|" * len(links) + "---|"]
-        for method, bundle in METHODS:
+        for method, bundle, bucket_mib in METHODS:
             row, sent = [], "0"
             for mbit in links:
-                (r,) = find(records, hosts=hosts, mbit=mbit, num_parameters=size, method=method, bundle=bundle)
-                (dense,) = find(records, hosts=hosts, mbit=mbit, num_parameters=size, method="dense")
+                at = find(records, hosts=hosts, mbit=mbit, num_parameters=size)
+                (r,) = find(at, method=method, bundle=bundle, bucket_mib=bucket_mib)
+                (dense,) = find(at, method="dense", bucket_mib=USUAL_MIB)
                 row += [f"{r['median_ms']:.0f} ({min(r['step_ms']):.0f} to {max(r['step_ms']):.0f})"]
                 row += [f"{dense['median_ms'] / r['median_ms']:.2f}"]
                 sent = f"{r['interface_sent'] / 2**20:.3f}"
@@ -263,10 +278,11 @@ def _cost_model(results: Results) -> list[str]:
     fit = Fit(results["records"], results["environment"]["rotation_s"])
     lines = ["", "## Cost model", ""]
     lines += [
-        "Fitted to the sizes not held out. `vsa_ddp/cost.py` has all constants but hop and link, which it is told.",
+        "Fitted to the sizes not held out, in buckets of 25 MiB. `vsa_ddp/cost.py` has all but hop, link and packets.",
         "",
     ]
-    units = dict.fromkeys(Fit.UNKNOWNS, "ns") | {"hop": "us", "link": "of the ideal time"}
+    share = "of the ideal time"
+    units = dict.fromkeys(Fit.UNKNOWNS, "ns") | {"hop": "us", "link": share, "packets": share}
     lines += [f"- {name}: {value:.3g} {units[name]}" for name, value in fit.constants().items()]
     lines += [f"- rotation of 2**20 elements: {fit.rotation_s * 1e3:.2f} ms", ""]
     lines += [

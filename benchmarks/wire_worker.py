@@ -36,6 +36,8 @@ class Contender:
 
     method: str
     bundle: int
+    bucket_mib: int
+    """DDP's `bucket_cap_mb`."""
     model: DistributedDataParallel
     state: vsa_ddp.VsaState | None
     num_steps: int = 1
@@ -57,10 +59,8 @@ def half_hook(cast: Callable[..., Any]) -> Callable[..., Any]:
     return half
 
 
-def contender(method: str, bundle: int, width: int) -> Contender:
-    # torch's PowerSGD hangs on gloo with two buckets or more
-    cap = {"bucket_cap_mb": 4096} if method == "powersgd" else {}
-    model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, **cap)
+def contender(method: str, bundle: int, bucket_mib: int, width: int) -> Contender:
+    model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
     state = None
     if method == "powersgd":
         power = powerSGD_hook.PowerSGDState(None, 4, start_powerSGD_iter=2)
@@ -70,7 +70,7 @@ def contender(method: str, bundle: int, width: int) -> Contender:
         model.register_comm_hook(None, half_hook(hooks[method]))
     elif method not in ("compute", "dense"):
         state = vsa_ddp.register(model, bundle=bundle, wire=method)
-    return Contender(method, bundle, model, state)
+    return Contender(method, bundle, bucket_mib, model, state)
 
 
 def train(c: Contender, x: torch.Tensor, steps: int) -> float:
@@ -95,9 +95,9 @@ def interface_bytes() -> tuple[int, int]:
 
 
 def measure(
-    methods: list[tuple[str, int]], width: int, rounds: int, note: Callable[[str], None]
+    methods: list[tuple[str, int, int]], width: int, rounds: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    contenders = [contender(method, bundle, width) for method, bundle in methods]
+    contenders = [contender(*method, width) for method in methods]
     x = torch.randn(BATCH, INPUTS, generator=torch.Generator().manual_seed(dist.get_rank()))
     for c in contenders:
         note(f"width {width}: warm up {c.method}")
@@ -108,6 +108,7 @@ def measure(
         {
             "method": c.method,
             "bundle": c.bundle,
+            "bucket_mib": c.bucket_mib,
             "num_parameters": num_parameters,
             "num_steps": c.num_steps,
             "step_ms": [],
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--master", required=True)
     parser.add_argument("--widths", type=int, nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--methods", nargs="+", required=True, help="method:bundle")
+    parser.add_argument("--methods", nargs="+", required=True, help="method:bundle:MiB of a bucket")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,7 +160,8 @@ def main() -> None:
         if options.rank == 0:
             options.out.with_suffix(".note").write_text(text)
 
-    methods = [(name, int(bundle)) for name, bundle in (text.split(":") for text in options.methods)]
+    parts = (text.split(":") for text in options.methods)
+    methods = [(name, int(bundle), int(bucket_mib)) for name, bundle, bucket_mib in parts]
     records = [record for width in options.widths for record in measure(methods, width, options.rounds, note)]
     if options.rank == 0:
         options.out.write_text(json.dumps(records))

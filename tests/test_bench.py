@@ -61,9 +61,9 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
     for hosts in bench_wire.HOSTS:
         for mbit in bench_wire.LINKS:
             for size in (2_000_000, 10_000_000):
-                for method, bundle in bench_wire.METHODS:
+                for method, bundle, mib in bench_wire.METHODS:
                     record = {"hosts": hosts, "mbit": mbit, "num_parameters": size, "method": method, "bundle": bundle}
-                    records.append({**record, "median_ms": 10.0 * hosts})
+                    records.append({**record, "bucket_mib": mib, "median_ms": 10.0 * hosts})
     fit = bench_wire.Fit(records, 1.0)
     fit.unknowns[:] = [constants[name] for name in fit.UNKNOWNS]
     for record in fit.usable():
@@ -72,7 +72,7 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def test_the_fit_finds_the_constants_of_a_machine_that_has_them() -> None:
-    constants = dict(zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 40.0, 1.05), strict=True))
+    constants = dict(zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 40.0, 1.05, 0.3), strict=True))
     assert bench_wire.Fit(synthetic(constants), 1.0).constants() == pytest.approx(constants, rel=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
     for r in ours:
         for way in ("sent", "received"):
             assert r[f"interface_{way}"] == pytest.approx(r[f"counted_{way}"], rel=0.05), r
-    (dense,) = (r for r in records if r["method"] == "dense" and r["mbit"] is None)
+    dense = find(records, method="dense", mbit=None)[0]
     # two hosts: each sends the whole gradient, half in each phase of the ring
     assert dense["interface_sent"] == pytest.approx(4 * dense["num_parameters"], rel=0.05)
 

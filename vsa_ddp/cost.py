@@ -2,9 +2,10 @@
 
     time = hops * latency + bytes / bandwidth + arithmetic
 
-without overlap, and between nodes only. The arithmetic was fitted to `benchmarks/bench_wire.py`'s step times on one CPU
-core; another machine is as much faster at it as it is at one rotation (`reference_rotation_s`). Plain numbers: no
-tensors, no processes.
+of packets, which are encoded before they are sent, and decoded after; of an all-reduce of floats, which sums what has
+arrived while more arrives, the longer of the last two. Without overlap with the backward pass, and between nodes only.
+The arithmetic was fitted to `benchmarks/bench_wire.py`'s step times on one CPU core; another machine is as much faster
+at it as it is at one rotation (`reference_rotation_s`). Plain numbers: no tensors, no processes.
 
 Letters: N gradient elements, D trits, W ranks.
 """
@@ -67,9 +68,12 @@ class Cost:
     received_bytes: float
     hops: int
     arithmetic_s: float
+    pipelined: bool = False
+    """Whether arithmetic goes on while bytes arrive."""
 
     def seconds(self, link: LinkSpeed) -> float:
-        return self.hops * link.latency_s + self.received_bytes / link.bytes_per_s + self.arithmetic_s
+        both = self.received_bytes / link.bytes_per_s, self.arithmetic_s
+        return self.hops * link.latency_s + (max(both) if self.pipelined else sum(both))
 
 
 def digits_per_lane(num_ranks: int) -> int:
@@ -96,7 +100,7 @@ def cost(
     ring, buckets = 2 * (w - 1) / w, math.ceil(4 * n / BUCKET_BYTES)
     if method in ("dense", "half"):
         size, ns = (4, CPU_CORE.dense_ns) if method == "dense" else (2, CPU_CORE.half_ns)
-        return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown)
+        return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown, pipelined=True)
     received, hops = {
         "all_gather": (BITS_PER_TRIT / 8 * (w - 1) * d, w - 1),
         "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
