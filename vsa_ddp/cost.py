@@ -51,12 +51,12 @@ class Arithmetic:
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=6.10,
-    half_ns=4.81,
-    element_ns=3.73,
-    trit_ns={"all_gather": 4.23, "all_reduce": 8.36, "two_shot": 15.0},
+    dense_ns=7.33,
+    half_ns=6.33,
+    element_ns=3.32,
+    trit_ns={"all_gather": 4.41, "all_reduce": 8.74, "two_shot": 16.6},
     gathered_trit_ns=0,
-    reference_rotation_s=0.00185,
+    reference_rotation_s=0.00199,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 

@@ -60,24 +60,39 @@ def _compiled_read(part: Any, wide: Any) -> Any:
     return widen if part.dtype == types.uint16 else lambda part, wide: part
 
 
+def _target(part: Array, wide: Array) -> Array:
+    """Where to put float32 for elements of a bucket: themselves, or `wide` for `_write`."""
+    raise NotImplementedError
+
+
+@overload(_target, strict=False)
+def _compiled_target(part: Any, wide: Any) -> Any:
+    if part.dtype == types.uint16:
+        return lambda part, wide: wide[: len(part)]
+    return lambda part, wide: part
+
+
 def _write(part: Array, x: Array) -> None:
-    """Mirror of `_read`; rounds to bits of bfloat16 half to even."""
+    """Round what was put into `_target`'s `wide` to bits of bfloat16, half to even."""
     raise NotImplementedError
 
 
 @overload(_write, strict=False)
 def _compiled_write(part: Any, x: Any) -> Any:
-    def copy(part: Array, x: Array) -> None:
-        for i in range(len(x)):
-            part[i] = x[i]
-
     def narrow(part: Array, x: Array) -> None:
         bits = x.view(_U32)
         for i in range(len(x)):
             rounded = (bits[i] + _U32(0x7FFF) + ((bits[i] >> _U32(16)) & _U32(1))) >> _U32(16)
             part[i] = np.uint16(rounded) if x[i] == x[i] else np.uint16(0x7FC0)
 
-    return narrow if part.dtype == types.uint16 else copy
+    return narrow if part.dtype == types.uint16 else lambda part, x: None
+
+
+@compiled
+def _copy(x: Array, out: Array) -> None:
+    """Quicker than an assignment of slices."""
+    for i in range(len(x)):
+        out[i] = x[i]
 
 
 @compiled
@@ -176,29 +191,36 @@ def _mean_squares(bucket: Array, table: Array, out: Array) -> None:
 
 
 @compiled
-def _whiten(x: Array, factors: Array, p: Array, start: int, out: Array) -> None:
-    """Elements of a parameter from `start` on, times their row factors, then times their column factors."""
+def _bind(x: Array, keys: Array, factors: Array, p: Array, start: int, out: Array, add: bool) -> None:
+    """Elements of a parameter from `start` on, times their row factors, column factors and keys; put or added.
+
+    The prescribed bits in both directions: where keys of +-1 are multiplied with changes none.
+    """
     row, col, at = start // p[_COLS], start % p[_COLS], 0
     while at < len(x):
         end = min(len(x), at + p[_COLS] - col)
         scale, cols = factors[p[_FACTOR] + row], factors[p[_FACTOR] + p[_ROWS] + col :]
-        part, out_part = x[at:end], out[at:end]
-        for i in range(len(part)):
-            out_part[i] = part[i] * scale * cols[i]
+        part, part_keys, part_out = x[at:end], keys[at:end], out[at:end]
+        if add:
+            for i in range(len(part)):
+                part_out[i] += part[i] * scale * cols[i] * part_keys[i]
+        else:
+            for i in range(len(part)):
+                part_out[i] = part[i] * scale * cols[i] * part_keys[i]
         row, col, at = row + 1, 0, end
 
 
 @compiled
 def _spare(block: int) -> Any:
-    """What functions of a row need beside it: words, keys, floats, and floats of a row in whole bytes or lanes."""
-    return np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block, _F32), np.empty(block + 64, _F32)
+    """What functions of a row need beside it: words of keys, keys, and floats of a row in whole bytes or lanes."""
+    return np.empty(block // 32, _U32), np.empty(block, _F32), np.empty(block + 64, _F32)
 
 
 @compiled
 def _encode_row(t: int, gradient: Any, y_K: Array, spare: Any) -> None:
     """A row of `interface.Gradient`."""
     bucket, factors, table, owner, step, seed = gradient
-    words, keys, x_K, wide = spare
+    words, keys, wide = spare
     bundle, block = table[-1, 0], len(y_K)
     p = table[owner[t]]
     dim = (t - p[_FIRST_ROW]) * block
@@ -211,24 +233,19 @@ def _encode_row(t: int, gradient: Any, y_K: Array, spare: Any) -> None:
         _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
         _unpack_keys(words, keys)
         at = p[_OFFSET] + start
-        x = _read(bucket[at : at + length], wide)
-        if len(factors):
-            _whiten(x, factors, p, start, x_K)
-            x = x_K[:length]
-        for i in range(length):
-            y_K[i] += x[i] * keys[i]
-    _rotate(y_K, x_K)
+        _bind(_read(bucket[at : at + length], wide), keys, factors, p, start, y_K, True)
+    _rotate(y_K, wide[:block])
 
 
 @compiled
 def _decode_row(t: int, gradient: Any, y_K: Array, gain: float, spare: Any) -> None:
     """Mirror of `_encode_row`; overwrites the row."""
     bucket, factors, table, owner, step, seed = gradient
-    words, keys, x_K, wide = spare
+    words, keys, wide = spare
     bundle, block = table[-1, 0], len(y_K)
     p = table[owner[t]]
     dim = (t - p[_FIRST_ROW]) * block
-    _rotate(y_K, x_K)
+    _rotate(y_K, wide[:block])
     for i in range(block):
         y_K[i] *= gain
     for slot in range(bundle):
@@ -238,13 +255,11 @@ def _decode_row(t: int, gradient: Any, y_K: Array, gain: float, spare: Any) -> N
             break
         _draw_keys(start // KEYS_PER_COUNTER, p[_STREAM], step, seed, words)
         _unpack_keys(words, keys)
-        x = x_K[:length]
-        for i in range(length):
-            x[i] = y_K[i] * keys[i]
-        if len(factors):
-            _whiten(x, factors, p, start, wide)
-            x = wide[:length]
-        _write(bucket[p[_OFFSET] + start :], x)
+        at = p[_OFFSET] + start
+        part = bucket[at : at + length]
+        x = _target(part, wide)
+        _bind(y_K[:length], keys, factors, p, start, x, False)
+        _write(part, x)
 
 
 @compiled
@@ -268,7 +283,7 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 def _sum_packed(t: int, packets: Any, y_K: Array, spare: Any) -> None:
     """The ranks' trits times levels."""
     packed, stride, levels, table = packets
-    block, trits = len(y_K), spare[3]
+    block, trits = len(y_K), spare[2]
     num_bytes = -(-block // TRITS_PER_BYTE)
     y_K[:] = _F32(0)
     for rank in range(len(levels)):
@@ -286,7 +301,7 @@ def _sum_packed(t: int, packets: Any, y_K: Array, spare: Any) -> None:
 @compiled
 def _sums_of_digits(lanes_L: Array, num_digits: int, base: int, y_K: Array, spare: Any) -> None:
     """`packing.unpack_digits` of a row. Halves of a lane are exact in float64, whose division by the base is quick."""
-    n, low, sums = len(lanes_L), num_digits // 2, spare[3]
+    n, low, sums = len(lanes_L), num_digits // 2, spare[2]
     half, zero = base**low, np.float64(base // 2)
     rest = np.empty(n, np.float64)
     for part in range(2):
@@ -297,7 +312,7 @@ def _sums_of_digits(lanes_L: Array, num_digits: int, base: int, y_K: Array, spar
                 quotient = np.floor(rest[i] / base)
                 sums[d * n + i] = rest[i] - quotient * base - zero
                 rest[i] = quotient
-    y_K[:] = sums[: len(y_K)]
+    _copy(sums[: len(y_K)], y_K)
 
 
 @compiled
@@ -305,7 +320,7 @@ def _row(t: int, source: Any, y_K: Array, spare: Any) -> None:
     """A row of `interface.Rows`, see `_source`."""
     rows, gradient = source
     if len(rows):
-        y_K[:] = rows[t]
+        _copy(rows[t], y_K)
     else:
         _encode_row(t, gradient, y_K, spare)
 
@@ -315,13 +330,13 @@ def _mean_row(t: int, received: Any, y_K: Array, spare: Any) -> None:
     """A row of `interface.Received`, see `_arrived`."""
     rows, packets, lanes, num_digits, shared, num_ranks = received
     if len(rows):
-        y_K[:] = rows[t]
+        _copy(rows[t], y_K)
         return
     if len(lanes):
         _sums_of_digits(lanes[t], num_digits, 2 * num_ranks + 1, y_K, spare)
     else:
         _sum_packed(t, packets, y_K, spare)
-    level, divisor = shared[t], _F32(num_ranks)
+    level, divisor = shared[t] if len(shared) else _F32(1), _F32(num_ranks)
     for i in range(len(y_K)):
         y_K[i] = y_K[i] * level / divisor
 
@@ -352,7 +367,7 @@ def _mean(first: int, last: int, received: Any, y: Array) -> None:
 def _rotate_rows(first: int, last: int, y: Array, out: Array) -> None:
     spare = np.empty(y.shape[1], _F32)
     for t in range(first, last):
-        out[t] = y[t]
+        _copy(y[t], out[t])
         _rotate(out[t], spare)
 
 
@@ -364,7 +379,7 @@ def _quantize(
     digits = np.ones(num_bytes * TRITS_PER_BYTE, np.uint8)
     for t in range(first, last):
         _row(t, source, y_K, spare)
-        energy[t], kept[t] = _ternarise(y_K, sigma[t] if len(sigma) else _F32(-1), digits, spare[2])
+        energy[t], kept[t] = _ternarise(y_K, sigma[t] if len(sigma) else _F32(-1), digits, spare[2][:block])
         for i in range(num_bytes):
             d = digits[5 * i : 5 * i + 5]
             packed[t, i] = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3] + 81 * d[4]
@@ -387,7 +402,7 @@ def _quantize_to_digits(
     digits = np.ones(num_digits * n, np.uint8)
     for t in range(first, last):
         _row(t, source, y_K, spare)
-        energy[t], kept[t] = _ternarise(y_K, sigma[t], digits, spare[2])
+        energy[t], kept[t] = _ternarise(y_K, sigma[t], digits, spare[2][:block])
         lane = lanes[t]
         lane[:] = 0
         for d in range(num_digits - 1, -1, -1):
@@ -409,6 +424,7 @@ class NumbaBucket:
             for s in layout.compressed
         ]
         self._num_factors = layout.num_factors
+        self._ones = np.ones(layout.num_factors, np.float32)
         self._table = np.array([*rows, (layout.bundle, *[0] * 7)], np.int64)
         counts = [s.num_dims // self._block for s in layout.compressed]
         self._owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
@@ -423,7 +439,8 @@ class NumbaBucket:
 
     def arrays(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys) -> tuple[Any, ...]:
         """A gradient as kernels take it."""
-        return _bits(bucket_N), _array(factors_S), self._table, self._owner, keys.step, self._seed
+        factors = self._ones if factors_S is None else factors_S.numpy()
+        return _bits(bucket_N), factors, self._table, self._owner, keys.step, self._seed
 
     def encode(self, bucket_N: Tensor, factors_S: Tensor | None, keys: Keys) -> Tensor:
         y_TK = _floats(len(self._owner), self._block)
@@ -501,10 +518,9 @@ def _arrived(received: Received) -> tuple[Any, ...]:
     (w, num_rows, num_bytes), stride = received.packed_WTP.shape, received.packed_WTP.stride(0)
     flat = received.packed_WTP.as_strided(((w - 1) * stride + num_rows * num_bytes if num_rows else 0,), (1,))
     levels = received.levels.float()
-    ones = _floats(w, num_rows).fill_(1)
-    own, shared = (ones, levels) if levels.dim() == 1 else (levels, ones[0])
+    own, shared = (_floats(w, num_rows).fill_(1), levels.numpy()) if levels.dim() == 1 else (levels, _NONE)
     packets = flat.numpy(), stride, own.contiguous().numpy(), trits_of_byte(flat.device).numpy()
-    return _NO_ROWS, packets, _NO_LANES, 0, shared.numpy(), w
+    return _NO_ROWS, packets, _NO_LANES, 0, shared, w
 
 
 def _bits(bucket_N: Tensor) -> Array:

@@ -147,12 +147,17 @@ def sum_packed(packets, num_ranks, t, K: tl.constexpr):
     # byte // 3**place is byte * inverse >> 16, for each of 0..255
     inverse = tl.where(place == 0, 65536, tl.where(place == 1, 21846, tl.where(place == 2, 7282, 2428)))
     inverse = tl.where(place == 4, 810, inverse)
-    packed += t * tl.cdiv(K, _PER_BYTE) + element // _PER_BYTE
+    packed += t * tl.cdiv(K, _PER_BYTE)
+    if levels is not None:
+        levels += t * level_stride
     y_K = tl.zeros((K,), tl.float32)
-    for rank in range(num_ranks):
-        x_K = ((tl.load(packed + rank * rank_stride).to(tl.int32) * inverse >> 16) % 3 - 1).to(tl.float32)
+    for _ in range(num_ranks):
+        byte = tl.load(packed + element // _PER_BYTE).to(tl.int32)
+        x_K = ((byte * inverse >> 16) % 3 - 1).to(tl.float32)
+        packed += rank_stride
         if levels is not None:
-            x_K *= tl.load(levels + rank * level_rank_stride + t * level_stride).to(tl.float32)
+            x_K *= tl.load(levels).to(tl.float32)
+            levels += level_rank_stride
         y_K += x_K
     return y_K
 
