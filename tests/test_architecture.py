@@ -17,6 +17,7 @@ ORDER = [
     "whitening",
     "ternary",
     "packing",
+    "trits",
     "kernels",
     "codec",
     "sigma",
