@@ -19,6 +19,8 @@ ORDER = [
     "packing",
     "trits",
     "kernels",
+    "rounded_sum",
+    "accumulate",
     "codec",
     "sigma",
     "wires",
