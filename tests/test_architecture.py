@@ -21,6 +21,7 @@ ORDER = [
     "kernels",
     "rounded_sum",
     "accumulate",
+    "optimizer",
     "codec",
     "sigma",
     "wires",
