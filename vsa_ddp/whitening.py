@@ -67,7 +67,7 @@ class Whitening:
         factors = [torch.empty(0, dtype=torch.float32)]
         for s in layout.compressed:
             if s.name in self._means:
-                factors += map(_root, self._means[s.name])
+                factors += map(relative_root, self._means[s.name])
             else:
                 factors.append(torch.ones(s.num_rows + s.num_cols, dtype=torch.float32))
         return torch.cat(factors[1:] or factors)
@@ -87,7 +87,7 @@ class Whitening:
                 self._means[s.name] = row_R.to(device), col_C.to(device)
 
 
-def _root(mean_squares: Tensor) -> Tensor:
+def relative_root(mean_squares: Tensor) -> Tensor:
     """Root mean squares relative to their matrix's; ones if all are zero."""
     relative = mean_squares / mean_squares.mean()
     return torch.where(mean_squares.sum() > 0, relative, 1.0).clamp(min=_FLOOR).sqrt()
