@@ -1,5 +1,7 @@
 """Gradient compression for DistributedDataParallel: bundled packed-trit hypervectors instead of dense buckets."""
 
+from vsa_ddp.archive import CompressedGradients
+from vsa_ddp.compressor import CompressorStats, VSAGradientCompressor
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.hook import vsa_hook
@@ -10,7 +12,10 @@ from vsa_ddp.version import __version__
 
 __all__ = [
     "Advice",
+    "CompressedGradients",
     "CompressionStats",
+    "CompressorStats",
+    "VSAGradientCompressor",
     "VsaConfig",
     "VsaState",
     "__version__",
