@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from benchmarks import bench_codec, bench_wire, bench_wire_loss
+from benchmarks import bench_codec, bench_compressor, bench_wire, bench_wire_loss
 from benchmarks.codec_report import PARTS, REFERENCES
 from benchmarks.netlab import why_not_shaped
 from benchmarks.store import Store, find
@@ -26,7 +26,7 @@ def stored(bench: Any) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("bench", [bench_codec, bench_wire, bench_wire_loss])
+@pytest.mark.parametrize("bench", [bench_codec, bench_compressor, bench_wire, bench_wire_loss])
 def test_a_page_is_that_of_its_runs(bench: Any) -> None:
     assert bench.RESULTS.with_suffix(".md").read_text() == bench.report(stored(bench))
 
@@ -139,8 +139,30 @@ def test_a_quick_run_times_every_method_and_its_report_can_be_rebuilt(tmp_path: 
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_a_quick_run_archives_a_tiny_gpt_by_every_backend(tmp_path: Path) -> None:
+    file = tmp_path / "compressor.json"
+    command = [sys.executable, "-m", "benchmarks.bench_compressor", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(file.read_text())["records"]
+    settings = {(r["backend"], r["bundle"]) for r in records}
+    assert settings == set(itertools.product(bench_compressor.BACKENDS, bench_compressor.BUNDLES))
+    for r in records:
+        assert len(r["compress_s"]) == len(r["decompress_s"]) == 2
+        assert 0.95 * r["theory"] < r["cosine"] < 1  # small matrices do not fill all slots
+        assert r["peak_bytes"] >= r["peak_before_bytes"] > r["gradient_bytes"]
+
+
+def test_the_gradient_of_gpt_2_fits_in_12_gib() -> None:
+    for r in stored(bench_compressor)["records"]:
+        assert r["num_parameters"] >= 124e6
+        assert r["peak_bytes"] < 12 * 2**30
+        assert r["cosine"] == pytest.approx(r["theory"], rel=0.01)
+
+
 @pytest.mark.parametrize(
-    "bench", ["bench_codec", "bench_training", "bench_wire", "bench_wire_loss", "bench_quickstart"]
+    "bench",
+    ["bench_codec", "bench_compressor", "bench_training", "bench_wire", "bench_wire_loss", "bench_quickstart"],
 )
 def test_help_names_quick_json_and_report(bench: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]

@@ -11,6 +11,7 @@ from vsa_ddp.packing import (
     pack_digits,
     pack_packet,
     pack_trits,
+    packet_bytes,
     unpack_digits,
     unpack_packet,
     unpack_trits,
@@ -67,6 +68,7 @@ def test_a_message_survives_its_packet(num_blocks: int, num_exact: int, num_scal
     )
     packet = pack_packet(message)
     assert packet.shape[0] % 8 == 0
+    assert packet_bytes(message) == packet.shape[0]
     like = Packet(*(torch.zeros_like(part) for part in vars(message).values()))
     arrived = vars(unpack_packet(packet, like))
     for name, part in vars(message).items():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.test_compressor import made
 from tests.test_kernels import CPU, SHAPES, assert_same, passes
+from vsa_ddp.compressor import VSAGradientCompressor
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import Packed, load_kernels
 from vsa_ddp.layout import plan_bucket
@@ -147,3 +150,19 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "_quantize_to_digits",
         "_rotate",
     ]
+
+
+def archive(backend: str, dtype: torch.dtype) -> tuple[bytes, dict[str, Tensor]]:
+    """An archive's bytes, and what they become."""
+    compressor = VSAGradientCompressor(replace(config(2, 128), backend=backend))  # type: ignore[arg-type]
+    gradients = {str(shape): made(*shape).to(DEVICE[backend], dtype) for shape in [(40, 33), (3,), (7, 200)]}
+    compressed = compressor.compress(gradients, 2**40)
+    back = compressor.decompress(compressed, DEVICE[backend])
+    return compressed.to_bytes(), {name: gradient.cpu() for name, gradient in back.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_archives_are_the_same_wherever_they_are_written_and_read(call: Call, dtype: torch.dtype) -> None:
+    (mine, back), (reference, expected) = call(archive, "triton", dtype), archive("torch", dtype)
+    assert mine == reference
+    assert_same(back, expected)

@@ -72,3 +72,16 @@ def test_scales_survive_their_state_dict() -> None:
     whitening.update(LAYOUT, measured(torch.randn(32, 2, 20)))
     loaded.load_state_dict(whitening.state_dict())
     assert torch.equal(scale(whitening), scale(loaded))
+
+
+def test_the_scales_of_many_rows_do_not_depend_on_the_order_of_summation() -> None:
+    layout = plan_bucket((("embedding", (20_011, 3)),), VsaConfig())
+    scales_S = torch.rand(20_014, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    for seed in range(20):
+        order = torch.randperm(20_011, generator=torch.Generator().manual_seed(seed))
+        factors = []
+        for rows in (order, torch.arange(20_011)):
+            whitening = Whitening(0.0)
+            whitening.update(layout, torch.cat([scales_S[rows], scales_S[20_011:]]))
+            factors.append(whitening.factors(layout)[:20_011])
+        assert torch.equal(factors[0], factors[1][order])

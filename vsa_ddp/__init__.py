@@ -1,6 +1,8 @@
 """Gradient compression for DistributedDataParallel: bundled packed-trit hypervectors instead of dense buckets."""
 
 from vsa_ddp.accumulate import TernaryGradientAccumulator, calculate_memory_savings
+from vsa_ddp.archive import CompressedGradients
+from vsa_ddp.compressor import CompressorStats, VSAGradientCompressor
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.hook import vsa_hook
@@ -14,12 +16,15 @@ from vsa_ddp.version import __version__
 
 __all__ = [
     "Advice",
+    "CompressedGradients",
     "CompressionStats",
+    "CompressorStats",
     "OptimizerStats",
     "PackedTritVec",
     "Ternary",
     "TernaryGradientAccumulator",
     "TernaryOptimizerWrapper",
+    "VSAGradientCompressor",
     "VsaConfig",
     "VsaState",
     "__version__",

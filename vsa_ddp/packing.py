@@ -115,6 +115,12 @@ def pack_packet(packet: Packet) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def packet_bytes(like: Packet) -> int:
+    """How many bytes `pack_packet` makes of one packet of these shapes and dtypes."""
+    sizes: list[int] = [part.nbytes for part in vars(like).values()]
+    return sum(sizes) + sum(-size % _ALIGN for size in sizes)
+
+
 def unpack_packet(data: Tensor, like: Packet) -> Packet:
     """Invert `pack_packet`, for one packet or several, without a copy. Shapes: (..., bytes) uint8 -> as in `Packet`.
 

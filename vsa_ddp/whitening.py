@@ -89,5 +89,6 @@ class Whitening:
 
 def relative_root(mean_squares: Tensor) -> Tensor:
     """Root mean squares relative to their matrix's; ones if all are zero."""
-    relative = mean_squares / mean_squares.mean()
+    # in float64 the mean is the same in any order of summation, so on any processor
+    relative = mean_squares / mean_squares.double().mean().float()
     return torch.where(mean_squares.sum() > 0, relative, 1.0).clamp(min=_FLOOR).sqrt()
