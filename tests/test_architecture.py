@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "vsa_ddp"
 ORDER = [
     "nodes",
     "config",
+    "phase",
     "version",
     "cost",
     "stats",
@@ -70,3 +71,8 @@ def test_only_the_kernels_import_compilers() -> None:
     for room, path in rooms():
         if {name.split(".")[0] for name in imports(path)} & {"numba", "triton"}:
             assert room == "kernels", path.name
+
+
+def test_the_schedule_of_phases_is_pure() -> None:
+    used = {name.split(".")[0] for name in imports(PACKAGE / "phase.py")}
+    assert not used & {"torch", "numpy", "time", "random"}

@@ -1,8 +1,9 @@
 """Gradient compression for DistributedDataParallel: bundled packed-trit hypervectors instead of dense buckets."""
 
-from vsa_ddp.config import VsaConfig
+from vsa_ddp.config import PhaseConfig, VsaConfig
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.hook import vsa_hook
+from vsa_ddp.phase import Phase, PhaseSchedule
 from vsa_ddp.register import learning_rate_factor, register
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
@@ -11,6 +12,9 @@ from vsa_ddp.version import __version__
 __all__ = [
     "Advice",
     "CompressionStats",
+    "Phase",
+    "PhaseConfig",
+    "PhaseSchedule",
     "VsaConfig",
     "VsaState",
     "__version__",
