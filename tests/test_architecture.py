@@ -27,6 +27,7 @@ ORDER = [
     "state",
     "hook",
     "register",
+    "predictor",
     "__init__",
     "__main__",
 ]
