@@ -28,10 +28,11 @@ ORDER = [
     "hook",
     "register",
     "predictor",
+    "trainer",
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register", "trainer"}
 
 
 def rooms() -> list[tuple[str, Path]]:

@@ -8,6 +8,7 @@ from vsa_ddp.predictor import GradientPredictor
 from vsa_ddp.register import learning_rate_factor, register
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats, PhaseStats, PredictionQuality
+from vsa_ddp.trainer import PhasedTrainer
 from vsa_ddp.version import __version__
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PhaseConfig",
     "PhaseSchedule",
     "PhaseStats",
+    "PhasedTrainer",
     "PredictionQuality",
     "VsaConfig",
     "VsaState",
