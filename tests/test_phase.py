@@ -10,19 +10,25 @@ from typing import Any
 import pytest
 
 from vsa_ddp import Phase, PhaseConfig, PhaseSchedule
-from vsa_ddp.phase import MAX_PROBE_WAIT, TREND_STEPS, Measured, trend
+from vsa_ddp.phase import MAX_PROBE_WAIT, TREND_STEPS, Measured, StepInfo, trend
 
 DETERMINISTIC: dict[str, Any] = {"adapt": "none"}
 CYCLE: dict[str, Any] = {"warmup_steps": 0, "full_steps": 10, "predict_steps": 40, "correct_every": 10}
 
 
-def walk(schedule: PhaseSchedule, steps: int, explained: float | None = None, loss: float | None = None) -> str:
-    """First letters of the phases, each measured step explained as said."""
+def measured(info: StepInfo, slope: float, loss: float | None = None) -> Measured:
+    """A noisy gradient, of which the prediction has the right direction, and so much too long."""
+    moments = (10.0, slope, 1.0) if info.measures else None
+    return Measured(loss, moments=moments, horizon=info.horizon, judges=info.judges)
+
+
+def walk(schedule: PhaseSchedule, steps: int, slope: float = 0.0, loss: float | None = None) -> str:
+    """First letters of the phases."""
     letters = ""
     for _ in range(steps):
         info = schedule.begin_step()
         letters += info.phase.value[0]
-        schedule.end_step(Measured(loss, explained=explained if info.measures else None, horizon=info.horizon))
+        schedule.end_step(measured(info, slope, loss))
     return letters
 
 
@@ -108,8 +114,8 @@ def test_what_a_step_is_told() -> None:
         ({"decay": 0.0}, 'decay must be greater than 0.*predictor="last"'),
         ({"damping": math.nan}, "damping must be a number"),
         ({"correction": "half"}, "correction must be a number in .* got 'half'"),
-        ({"min_explained": 1.1}, r"min_explained must be a number of at most 1.*got 1\.1.*adapt=\"none\""),
-        ({"min_explained": math.nan}, "min_explained must be a number"),
+        ({"min_slope": -0.5}, r"min_slope must be a number of at least 0, got -0\.5; adapt=\"none\""),
+        ({"min_slope": math.nan}, "min_slope must be a number"),
         ({"predictor": "oracle"}, "predictor must be one of last, ema, momentum, linear, got 'oracle'"),
         ({"adapt": True}, "adapt must be one of gate, trend, none, got True"),
         ({"history_dtype": "int8"}, "history_dtype must be one of float32, bfloat16, got 'int8'"),
@@ -125,7 +131,7 @@ def test_impossible_settings_are_named(setting: dict[str, Any], text: str) -> No
 
 def test_the_gate_opens_after_a_probe_and_grows_while_prediction_pays() -> None:
     schedule = PhaseSchedule(PhaseConfig())
-    letters = walk(schedule, 80, explained=0.9)
+    letters = walk(schedule, 80, slope=0.9)
     lengths = [len(list(run)) for is_section, run in itertools.groupby(letters, lambda c: c in "pc") if is_section]
     assert letters.startswith("w" * 10 + "fffff" + "pc" + "fffff" + "ppc" + "fffff" + "ppppc")
     assert lengths == [2, 3, 5, 9, 21]  # the deterministic section, at last
@@ -138,10 +144,10 @@ def test_a_gate_that_finds_nothing_stays_shut_and_probes_ever_more_rarely() -> N
     for step in range(2000):
         info = schedule.begin_step()
         assert info.phase in (Phase.WARMUP, Phase.FULL)
-        if info.measures:
+        assert info.records or not info.measures
+        if info.judges:
             probes.append(step)
-            assert info.records
-        schedule.end_step(Measured(1.0, explained=0.1 if info.measures else None))
+        schedule.end_step(measured(info, 0.1, 1.0))
     gaps = [b - a for a, b in itertools.pairwise(probes)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_PROBE_WAIT * 5
@@ -154,40 +160,59 @@ def test_a_shut_gate_records_only_what_its_probes_need() -> None:
     for _ in range(2000):
         info = schedule.begin_step()
         recorded += info.records
-        schedule.end_step(Measured(1.0, explained=0.1 if info.measures else None))
+        schedule.end_step(measured(info, 0.1, 1.0))
     assert recorded < 2000 * 0.15
+
+
+def next_verdict(schedule: PhaseSchedule, slope: float) -> int:
+    """The length after the gate has judged again."""
+    while not (info := schedule.begin_step()).judges:
+        schedule.end_step()
+    schedule.end_step(measured(info, slope, 1.0))
+    return schedule.predict_steps
 
 
 def test_the_gate_shuts_by_halves_and_opens_again() -> None:
     schedule = PhaseSchedule(PhaseConfig())
-    walk(schedule, 120, explained=0.9)
-    lengths = []
-    for explained in (0.1, 0.1, 0.1, 0.1, 0.1, math.nan, -5.0):
-        while not schedule.begin_step().measures:
-            schedule.end_step()
-        schedule.end_step(Measured(1.0, explained=explained, horizon=2))
-        lengths.append(schedule.predict_steps)
-    assert lengths == [10, 5, 2, 1, 0, 0, 0]
-    assert "p" in walk(schedule, 400, explained=0.9)
+    walk(schedule, 120, slope=0.9)
+    assert [next_verdict(schedule, 0.1) for _ in range(8)] == [20, 10, 5, 2, 1, 0, 0, 0]  # 0.9 is not forgotten at once
+    assert "p" in walk(schedule, 400, slope=0.9)
+
+
+@pytest.mark.parametrize("slope", [-20.0, math.nan])
+def test_the_gate_shuts_at_once_where_gradients_turn_against_predictions(slope: float) -> None:
+    schedule = PhaseSchedule(PhaseConfig())
+    walk(schedule, 120, slope=0.9)
+    assert next_verdict(schedule, slope) == 0
+    assert "p" in walk(schedule, 400, slope=0.9)
+
+
+def test_the_gate_does_not_ask_how_noisy_the_gradient_is() -> None:
+    for energy in (1.0, 1e6):
+        schedule = PhaseSchedule(PhaseConfig())
+        for _ in range(100):
+            info = schedule.begin_step()
+            schedule.end_step(measured(info, 0.9)._replace(moments=(energy, 0.9, 1.0) if info.measures else None))
+        assert schedule.predict_steps == 20
 
 
 def test_a_rising_loss_shuts_the_gate_whatever_is_explained() -> None:
     schedule = PhaseSchedule(PhaseConfig())
-    walk(schedule, 120, explained=0.9, loss=1.0)
+    walk(schedule, 120, slope=0.9, loss=1.0)
     assert schedule.predict_steps == 20
     loss = 1.0
     for _ in range(100):
         info, loss = schedule.begin_step(), loss * 1.05
-        schedule.end_step(Measured(loss, explained=0.9 if info.measures else None, horizon=info.horizon))
+        schedule.end_step(measured(info, 0.9, loss))
     assert schedule.predict_steps == 0
 
 
 def test_the_gate_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vsa_ddp.phase"):
-        walk(PhaseSchedule(PhaseConfig()), 20, explained=0.9)
+        walk(PhaseSchedule(PhaseConfig()), 20, slope=0.9)
     assert caplog.messages == [
-        "step 9: prediction 1 ahead explains 90 % of the gradient's energy: 0 -> 1 predicted steps",
-        "step 17: prediction 2 ahead explains 90 % of the gradient's energy: 1 -> 2 predicted steps",
+        "step 9: gradients go 0.90 of what is predicted 1 ahead: 0 -> 1 predicted steps",
+        "step 17: gradients go 0.90 of what is predicted 2 ahead: 1 -> 2 predicted steps",
     ]
 
 
@@ -247,7 +272,7 @@ def test_gradients_that_were_rejected_are_made_up_for() -> None:
 def test_errors_are_averaged_by_horizon() -> None:
     schedule = PhaseSchedule(PhaseConfig(adapt="none"))
     for explained, horizon in ((0.5, 6), (0.7, 6), (0.2, 3), (math.nan, 3)):
-        schedule.end_step(Measured(1.0, explained=explained, cosine=0.1, horizon=horizon))
+        schedule.end_step(Measured(1.0, moments=(1.0, (explained + 1.0) / 2, 1.0), horizon=horizon))
     assert schedule.error_by_horizon() == pytest.approx({3: 0.8, 6: 0.4})
 
 
@@ -262,10 +287,9 @@ def test_a_schedule_goes_on_where_it_was_saved(settings: dict[str, Any]) -> None
             resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
         info = whole.begin_step()
         assert resumed.begin_step() == info
-        explained = told.random() * 1.5 - 0.3 if info.measures else None
-        measured = Measured(told.gauss(1.0, 0.5), told.random() < 0.05, explained, 0.5, info.horizon)
+        said = measured(info, told.random() * 1.5 - 0.1, told.gauss(1.0, 0.5))._replace(rejected=told.random() < 0.05)
         for schedule in (whole, resumed):
-            schedule.end_step(measured)
+            schedule.end_step(said)
     assert whole.state_dict() == resumed.state_dict()
 
 

@@ -217,17 +217,36 @@ def test_quality_is_that_of_the_definition() -> None:
     cosine = torch.cosine_similarity(p["bias"], g["bias"], dim=0).item()
     assert each["bias"].cosine == pytest.approx(cosine, abs=1e-5)
     assert predictor.quality == quality
+    assert quality.slope == pytest.approx((flat_g @ flat_p / (flat_p @ flat_p)).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("moments", "explained", "cosine"),
-    [((4.0, 4.0, 4.0), 1.0, 1.0), ((4.0, 0.0, 0.0), 0.0, math.nan), ((1.0, -1.0, 1.0), -3.0, -1.0)],
+    ("moments", "expected"),
+    [
+        ((4.0, 4.0, 4.0), (1.0, 1.0, 1.0)),
+        ((4.0, 0.0, 0.0), (0.0, math.nan, math.nan)),
+        ((1.0, -1.0, 1.0), (-3.0, -1.0, -1.0)),
+        ((4.0, 1.0, 1.0), (0.25, 0.5, 1.0)),
+    ],
 )
-def test_quality_of_extreme_predictions(moments: tuple[float, ...], explained: float, cosine: float) -> None:
-    quality = PredictionQuality.of(moments)
-    assert quality.explained == explained
-    assert quality.cosine == pytest.approx(cosine, nan_ok=True)
+def test_quality_of_extreme_predictions(moments: tuple[float, ...], expected: tuple[float, ...]) -> None:
+    assert PredictionQuality.of(moments) == pytest.approx(expected, nan_ok=True)
     assert math.isnan(PredictionQuality.of((0.0, 0.0, 1.0)).explained)
+
+
+def test_the_gradients_own_noise_does_not_change_the_slope() -> None:
+    predictor, slopes, explained = make("last"), [], []
+    predictor.record_gradient(random_gradient(0))
+    for seed in range(1, 400):
+        quality = PredictionQuality.of(
+            predictor.compute_correction(
+                combine((1.0, random_gradient(0)), (1.5, random_gradient(seed))), step=1
+            ).tolist()
+        )
+        slopes.append(quality.slope)
+        explained.append(quality.explained)
+    assert sum(slopes) / len(slopes) == pytest.approx(1.0, abs=0.05)  # 1.5 / sqrt(43 elements) / sqrt(399) is 0.011
+    assert sum(explained) / len(explained) < 0.5
 
 
 def test_a_comparison_does_not_see_the_gradient_that_it_judges() -> None:

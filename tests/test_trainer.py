@@ -97,7 +97,7 @@ def adaptive(rank: int, world_size: int, folder: Path, delay: bool, adapt: str) 
     """Rank 3 may dawdle at random; losses differ by rank, and prediction pays by turns."""
     wait = torch.Generator().manual_seed(rank)
     settings = {"warmup_steps": 4, "full_steps": 3, "predict_steps": 8, "correct_every": 3, "decay": 0.8}
-    config = PhaseConfig(**settings, adapt=adapt, min_explained=0.2)  # type: ignore[arg-type]
+    config = PhaseConfig(**settings, adapt=adapt)  # type: ignore[arg-type]
 
     def loss(model: nn.Module, number: int, rank: int) -> Tensor:
         if delay and rank == 3 and torch.rand(1, generator=wait) < 0.3:
@@ -174,7 +174,7 @@ def plain_or_phased(rank: int, world_size: int, settings: dict[str, Any] | None,
 
 
 @pytest.mark.parametrize("hook", [False, True])
-@pytest.mark.parametrize("settings", [{"predict_steps": 0}, {"min_explained": 1.0, "warmup_steps": 3}])
+@pytest.mark.parametrize("settings", [{"predict_steps": 0}, {"min_slope": 1e9, "warmup_steps": 3}])
 def test_no_predicted_steps_is_plain_training_bit_for_bit(tmp_path: Path, settings: dict[str, Any], hook: bool) -> None:
     plain = run_ranks(plain_or_phased, 2, tmp_path, None, hook)
     phased = run_ranks(plain_or_phased, 2, tmp_path, settings, hook)

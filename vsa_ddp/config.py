@@ -119,10 +119,11 @@ class PhaseConfig:
     correct_every: int = 5
     """Predictions between two corrections."""
     adapt: Adapt = "gate"
-    """"gate": sections grow while predictions explain enough of the true gradient and the loss does not rise, and
-    shrink to nothing while not. "trend": lengths follow the loss alone. "none": they stay as they are."""
-    min_explained: float = 0.5
-    """The gate's threshold: the share of the true gradient's energy that a prediction must explain."""
+    """"gate": sections grow while the gradients that come bear predictions out and the loss does not rise, and shrink
+    to nothing while not. "trend": lengths follow the loss alone. "none": they stay as they are."""
+    min_slope: float = 0.5
+    """The gate's threshold for the slope g p / p p of true gradients against predictions. The gradient's own noise does
+    not change it: above a half, a prediction is nearer to the gradient without that noise than zero is."""
     predictor: PredictorName = "linear"
     """"last" gradient; "ema", their decayed mean; "momentum", the last one and a damped trend; "linear", a line through
     all of them by weighted least squares."""
@@ -155,11 +156,10 @@ class PhaseConfig:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
         if not self.decay:
             raise ValueError('decay must be greater than 0, got 0; predictor="last" forgets all but one gradient.')
-        explained = self.min_explained
-        if not isinstance(explained, float | int) or isinstance(explained, bool) or not explained <= 1.0:
+        slope = self.min_slope
+        if not isinstance(slope, float | int) or isinstance(slope, bool) or not slope >= 0.0:
             raise ValueError(
-                f"min_explained must be a number of at most 1, the whole energy, got {explained!r}; "
-                'adapt="none" predicts whatever the quality.'
+                f'min_slope must be a number of at least 0, got {slope!r}; adapt="none" predicts whatever it is.'
             )
         for name, choices in (
             ("adapt", get_args(Adapt)),

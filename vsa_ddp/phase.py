@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from vsa_ddp.config import PhaseConfig, PredictorName
+from vsa_ddp.stats import PredictionQuality
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ TREND_STEPS = 20
 """Losses that a trend is read from: the mean of the later half against that of the earlier."""
 RISES, FALLS = 0.1, -0.05
 """Changes of the loss that count."""
+RECENT_DECAY = 0.7
+"""Weight of the comparison before in the gate's sums."""
 MAX_PROBE_WAIT = 32
 """FULL sections between two probes of a shut gate, at most."""
 
@@ -56,6 +59,8 @@ class StepInfo(NamedTuple):
     """Whether its gradient enters the predictor's history."""
     measures: bool
     """Whether its gradient is compared with the prediction."""
+    judges: bool
+    """Whether the gate decides after that."""
 
 
 class Measured(NamedTuple):
@@ -65,12 +70,12 @@ class Measured(NamedTuple):
     """Mean over the ranks; None if there was none, or it was not finite."""
     rejected: bool = False
     """The gradient was not finite, and did not enter the history."""
-    explained: float | None = None
-    """Share of the gradient's energy that the prediction explained, 1 - |g - p|^2 / |g|^2; None if not measured."""
-    cosine: float | None = None
-    """Between gradient and prediction."""
+    moments: tuple[float, float, float] | None = None
+    """[g g, g p, p p] of gradient and prediction; None if they were not compared."""
     horizon: int = 1
     """How far the prediction reached."""
+    judges: bool = False
+    """Whether the gate decides now."""
 
 
 @dataclass
@@ -98,8 +103,10 @@ class _Position:
     steps: dict[str, int] = field(default_factory=lambda: {phase.value: 0 for phase in Phase})
     losses: list[float] = field(default_factory=list)
     """The last ones, for the trend."""
-    quality: tuple[float, float] | None = None
-    """Explained energy and cosine, last measured."""
+    moments: tuple[float, float, float] | None = None
+    """Last measured."""
+    recent: tuple[float, float] = (0.0, 0.0)
+    """Decayed sums of g p and p p, as far back as the gate has been asking."""
     errors: dict[str, tuple[int, float]] = field(default_factory=dict)
     """By horizon: predictions measured, and the sum of the energies that they did not explain."""
 
@@ -124,8 +131,9 @@ class PhaseSchedule:
         changed = phase is not at.phase or at.total_step == 0
         phase_step = 0 if changed else at.phase_step
         is_full = phase in (Phase.WARMUP, Phase.FULL)
-        probe = self._probe_step(phase, phase_step) if is_full and at.predict_steps == 0 else None
-        measures = phase is Phase.CORRECT or probe == phase_step
+        probe = self._probe_section(phase, phase_step) if is_full and at.predict_steps == 0 else None
+        compares = phase is Phase.CORRECT or (probe is not None and phase_step in probe)
+        measures = compares and at.history >= HISTORY_NEEDED[self.config.predictor]
         return StepInfo(
             phase=phase,
             phase_step=phase_step,
@@ -134,7 +142,8 @@ class PhaseSchedule:
             phase_changed=changed,
             horizon=at.run + 1,
             records=phase is Phase.CORRECT or (is_full and (at.predict_steps > 0 or probe is not None)),
-            measures=measures and at.history >= HISTORY_NEEDED[self.config.predictor],
+            measures=measures,
+            judges=measures and (phase is Phase.CORRECT or (probe is not None and phase_step == probe[-1])),
         )
 
     def end_step(self, measured: Measured | None = None) -> None:
@@ -167,20 +176,20 @@ class PhaseSchedule:
 
     # The lengths
 
-    def _probe_step(self, phase: Phase, phase_step: int) -> int | None:
-        """The step, counted like `phase_step`, at which the shut gate is probed; None if that is not soon.
+    def _probe_section(self, phase: Phase, phase_step: int) -> range | None:
+        """The steps, counted like `phase_step`, that probe the shut gate; None if that is not soon.
 
-        The last but one of a section, so that the verdict is there when the section ends.
+        A section but for its last step, so that the verdict is there when the section ends.
         """
         if self.config.adapt != "gate" or self.config.predict_steps == 0:
             return None
         if phase is Phase.WARMUP:
-            return max(0, self.config.warmup_steps - 2)
+            return range(max(1, self.config.warmup_steps - 1))
         length = self._at.full_steps
         section = phase_step // length
         # The section before the probe's is recorded too
         due = next((s for s in (section, section + 1) if (s + 1) % self._at.probe_wait == 0), None)
-        return None if due is None else due * length + max(0, length - 2)
+        return None if due is None else range(due * length, due * length + max(1, length - 1))
 
     def _observe(self, measured: Measured) -> None:
         at = self._at
@@ -188,33 +197,41 @@ class PhaseSchedule:
             at.history = max(0, at.history - 1)
         if measured.loss is not None:
             at.losses = [*at.losses, measured.loss][-TREND_STEPS:]
-        if measured.explained is None:
+        if measured.moments is None:
             return
-        at.quality = measured.explained, measured.cosine if measured.cosine is not None else math.nan
-        count, total = at.errors.get(str(measured.horizon), (0, 0.0))
-        if math.isfinite(measured.explained):
-            at.errors[str(measured.horizon)] = count + 1, total + 1.0 - measured.explained
-        if self.config.adapt == "gate":
-            self._judge(measured.explained, measured.horizon)
+        at.moments = measured.moments
+        if not all(map(math.isfinite, measured.moments)):
+            at.recent = (math.nan, math.nan)
+        else:
+            _, gp, pp = measured.moments
+            at.recent = RECENT_DECAY * at.recent[0] + gp, RECENT_DECAY * at.recent[1] + pp
+            explained = PredictionQuality.of(measured.moments).explained
+            count, total = at.errors.get(str(measured.horizon), (0, 0.0))
+            if math.isfinite(explained):
+                at.errors[str(measured.horizon)] = count + 1, total + 1.0 - explained
+        if self.config.adapt == "gate" and measured.judges:
+            self._judge(measured)
 
-    def _judge(self, explained: float, horizon: int) -> None:
-        """The gate: twice as many predictions if they pay, half as many if not."""
+    def _judge(self, measured: Measured) -> None:
+        """The gate: twice as many predictions if they pay, half as many if not, none if gradients turn against them."""
         at, before = self._at, self._at.predict_steps
+        slope = at.recent[0] / at.recent[1] if at.recent[1] else 0.0
         rises = trend(at.losses) > RISES
-        if explained >= self.config.min_explained and not rises:
+        if slope >= self.config.min_slope and not rises:
             at.predict_steps = min(self.config.predict_steps, max(1, 2 * before))
-            if horizon > 1:  # not a probe alone
+            if measured.horizon > 1:  # not a probe alone
                 at.probe_wait = 1
         else:
-            at.predict_steps = before // 2
-            if at.predict_steps == 0:
-                at.probe_wait = min(MAX_PROBE_WAIT, 2 * at.probe_wait)
+            at.predict_steps = before // 2 if slope > 0.0 else 0
+        if at.predict_steps == 0:
+            at.probe_wait = min(MAX_PROBE_WAIT, 2 * at.probe_wait)
+            at.recent = (0.0, 0.0)
         if at.predict_steps != before:
             logger.info(
-                "step %d: prediction %d ahead explains %.0f %% of the gradient's energy%s: %d -> %d predicted steps",
+                "step %d: gradients go %.2f of what is predicted %d ahead%s: %d -> %d predicted steps",
                 at.total_step,
-                horizon,
-                100 * explained,
+                slope,
+                measured.horizon,
                 ", and the loss rises" if rises else "",
                 before,
                 at.predict_steps,
@@ -288,9 +305,9 @@ class PhaseSchedule:
         return self._at.total_step / self.backwards if self.backwards else 1.0
 
     @property
-    def quality(self) -> tuple[float, float] | None:
-        """Explained energy and cosine of the prediction last measured."""
-        return self._at.quality
+    def quality(self) -> PredictionQuality | None:
+        """Of the prediction last measured."""
+        return PredictionQuality.of(self._at.moments) if self._at.moments is not None else None
 
     @property
     def loss(self) -> float | None:
@@ -312,7 +329,8 @@ class PhaseSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         tuples = {
-            "quality": tuple(state["quality"]) if state["quality"] is not None else None,
+            "moments": tuple(state["moments"]) if state["moments"] is not None else None,
+            "recent": tuple(state["recent"]),
             "errors": {h: tuple(e) for h, e in state["errors"].items()},
         }
         copies = {"phase": Phase(state["phase"]), "steps": dict(state["steps"]), "losses": list(state["losses"])}

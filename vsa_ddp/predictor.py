@@ -52,7 +52,7 @@ class GradientPredictor:
 
     Args:
         named_parameters: those that will have gradients: their shapes, dtypes and devices.
-        config: `predictor`, its settings, and `min_explained` and `predict_steps` for `should_compute_full`.
+        config: `predictor`, its settings, and `min_slope` and `predict_steps` for `should_compute_full`.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: PhaseConfig | None = None) -> None:
@@ -177,7 +177,7 @@ class GradientPredictor:
             return True
         if self.total_steps - self._last_step > self.config.predict_steps:
             return True
-        return self.quality is not None and not self.quality.explained >= self.config.min_explained
+        return self.quality is not None and not self.quality.slope >= self.config.min_slope
 
     # What it tells
 

@@ -81,14 +81,18 @@ class PredictionQuality(NamedTuple):
     """1 - |g - p|^2 / |g|^2: 1 is perfect, 0 no better than a zero gradient, negative worse than that."""
     cosine: float
     """Between the two."""
+    slope: float
+    """g p / p p, the multiple of the prediction that fits best: 1 if all that it misses is the gradient's noise, which
+    lowers the two above."""
 
     @classmethod
     def of(cls, moments: Sequence[float]) -> "PredictionQuality":
-        """From [g g, g p, p p]. NaN where g, or for the cosine p, is zero."""
+        """From [g g, g p, p p]. NaN where what is divided by is zero."""
         gg, gp, pp = moments
         return cls(
             explained=(2.0 * gp - pp) / gg if gg else math.nan,
             cosine=gp / math.sqrt(gg * pp) if gg and pp else math.nan,
+            slope=gp / pp if pp else math.nan,
         )
 
 
@@ -120,9 +124,11 @@ class PhaseStats(NamedTuple):
     """Wall time of this rank inside `step`."""
 
     def __str__(self) -> str:
-        explained = f"{100 * self.quality.explained:.0f} %" if self.quality is not None else "not measured"
+        quality = "prediction not measured"
+        if self.quality is not None:
+            quality = f"cosine {self.quality.cosine:.2f} and slope {self.quality.slope:.2f} of the last prediction"
         return (
             f"{self.backwards} backward passes in {self.steps} steps ({self.speedup:.2f} x), "
             f"{self.dense_bytes_skipped / 2**20:.1f} MiB of gradients not sent, "
-            f"{sum(self.seconds_by_phase.values()):.1f} s; prediction explains: {explained}"
+            f"{sum(self.seconds_by_phase.values()):.1f} s; {quality}"
         )

@@ -22,7 +22,7 @@ from vsa_ddp.agreement import StepAgreement, check_agreement
 from vsa_ddp.config import PhaseConfig
 from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo
 from vsa_ddp.predictor import GradientPredictor, digest, fingerprint
-from vsa_ddp.stats import PhaseStats, PredictionQuality
+from vsa_ddp.stats import PhaseStats
 from vsa_ddp.version import __version__
 from vsa_ddp.wires import make_cpu_twin
 
@@ -124,7 +124,7 @@ class PhasedTrainer:
         self._agreement = StepAgreement(make_cpu_twin(model.process_group))
         self._seconds = {phase.value: 0.0 for phase in Phase}
         self._measuring = _Measuring()
-        self._said_horizon = 1
+        self._said = _Measuring()
         self._coming: StepInfo | None = None  # as the other ranks have been told
         self._heard: Measured | None = None
         self._loaded: Measured | None = None
@@ -211,7 +211,8 @@ class PhasedTrainer:
         scale = self._scale()
         if info.measures and self.predictor.num_recorded:
             moments = self.predictor.compute_correction(gradients, step=info.total_step, scale=scale)
-            self._measuring.moments, self._measuring.horizon = moments.tolist(), info.horizon
+            self._measuring.moments = moments.tolist()
+            self._measuring.horizon, self._measuring.judges = info.horizon, info.judges
         recorded = self.predictor.record_gradient(gradients, step=info.total_step, scale=scale)
         self._measuring.rejected = not recorded
 
@@ -233,7 +234,7 @@ class PhasedTrainer:
         loss = [0.0, 0.0] if said.loss is None else [1.0, float(said.loss)]
         moments = [0.0] * 4 if said.moments is None else [1.0, *said.moments]
         self._agreement.send(same, [*loss, float(said.rejected), *moments])
-        self._said_horizon, self._measuring = said.horizon, _Measuring()
+        self._said, self._measuring = said, _Measuring()
         return info
 
     def _hear(self) -> None:
@@ -241,7 +242,7 @@ class PhasedTrainer:
         if self._heard is not None:
             return
         try:
-            num_losses, loss, rejected, num_measured, *moments = self._agreement.receive()
+            num_losses, loss, rejected, num_measured, gg, gp, pp = self._agreement.receive()
         except (ValueError, RuntimeError) as error:
             self._failure = str(error)
             raise
@@ -249,13 +250,12 @@ class PhasedTrainer:
             self._heard, self._loaded = self._loaded, None
             return
         mean = loss / num_losses if num_losses else math.nan
-        quality = PredictionQuality.of([m / num_measured for m in moments]) if num_measured else None
         self._heard = Measured(
             loss=mean if math.isfinite(mean) else None,
             rejected=rejected > 0,
-            explained=quality.explained if quality is not None else None,
-            cosine=quality.cosine if quality is not None else None,
-            horizon=self._said_horizon,
+            moments=(gg / num_measured, gp / num_measured, pp / num_measured) if num_measured else None,
+            horizon=self._said.horizon,
+            judges=self._said.judges,
         )
 
     def _fail(self, info: StepInfo) -> None:
@@ -281,7 +281,7 @@ class PhasedTrainer:
             full_steps=schedule.full_steps,
             predict_steps=schedule.predict_steps,
             loss=schedule.loss,
-            quality=PredictionQuality(*schedule.quality) if schedule.quality is not None else None,
+            quality=schedule.quality,
             error_by_horizon=schedule.error_by_horizon(),
             dense_bytes_skipped=skipped * self._dense_bytes,
             seconds_by_phase=dict(self._seconds),
@@ -322,7 +322,7 @@ class PhasedTrainer:
                 )
         self.predictor.load_state_dict(state["predictor"])
         self.schedule.load_state_dict(state["schedule"])
-        self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None
+        self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None  # moments as a list
         self._seconds = dict(state["seconds"])
 
 
@@ -334,5 +334,6 @@ class _Measuring:
     rejected: bool = False
     moments: list[float] | None = None
     horizon: int = 1
+    judges: bool = False
     bits: Tensor | None = None
     """`fingerprint` of the predicted gradient."""
