@@ -8,10 +8,10 @@ PACKAGE = Path(__file__).parent.parent / "vsa_ddp"
 ORDER = [
     "nodes",
     "config",
-    "phase",
     "version",
     "cost",
     "stats",
+    "phase",
     "layout",
     "names",
     "hypervector",
