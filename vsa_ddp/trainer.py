@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +120,9 @@ class PhasedTrainer:
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
         self._ddp = model
         self._dense_bytes = sum(p.nbytes for p in self._parameters.values())
-        shapes = [(name, tuple(p.shape)) for name, p in self._parameters.items()]
-        check_agreement({**vars(self.config), "parameters": shapes, "version": __version__}, model.process_group)
+        names = zlib.crc32(repr([(name, tuple(p.shape)) for name, p in self._parameters.items()]).encode())
+        mine = {**vars(self.config), "digest of parameter names": names, "version": __version__}
+        check_agreement(mine, model.process_group)
         self._agreement = StepAgreement(make_cpu_twin(model.process_group))
         self._seconds = {phase.value: 0.0 for phase in Phase}
         self._measuring = _Measuring()
@@ -201,7 +203,10 @@ class PhasedTrainer:
     def _predict(self, info: StepInfo) -> None:
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=next(iter(self._parameters.values())).device))  # it starts lazily
-        predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
+        if self.predictor.num_recorded:
+            predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
+        else:  # the only gradient so far was not finite, which the schedule hears a step later
+            predicted = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             p.grad = predicted.get(name)
         self._measuring.bits = fingerprint(predicted.values())
@@ -322,7 +327,7 @@ class PhasedTrainer:
                 )
         self.predictor.load_state_dict(state["predictor"])
         self.schedule.load_state_dict(state["schedule"])
-        self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None  # moments as a list
+        self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None
         self._seconds = dict(state["seconds"])
 
 
