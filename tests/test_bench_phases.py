@@ -1,5 +1,6 @@
 """The phases' benchmark: its methods are what they are called, its costs are counted, its search finds the best."""
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -145,3 +146,8 @@ def test_a_page_has_every_method_that_ran() -> None:
     assert all(f"| {name} |" in page for name in METHODS)
     assert "inf" in page  # diverged
     assert set(METHODS) < set(NAMES)
+
+
+def test_the_committed_page_is_what_its_runs_give() -> None:
+    results = json.loads(bench_phases.RESULTS.read_text())
+    assert bench_phases.RESULTS.with_suffix(".md").read_text() == bench_phases.report(results)
