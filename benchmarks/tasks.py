@@ -116,6 +116,47 @@ class DigitsTask:
         return F.cross_entropy(model(images[-self.heldout :]), labels[-self.heldout :]).item()
 
 
+class DigitsMLP(nn.Sequential):
+    """Two hidden layers, for 8 x 8 images of ten digits."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@dataclass(frozen=True)
+class FullBatchTask(DigitsTask):
+    """All digits that are not held out, in every step of every rank: gradients without noise."""
+
+    def model(self) -> nn.Module:
+        return DigitsMLP()
+
+    def loss(self, model: nn.Module, order: torch.Generator) -> Tensor:
+        images, labels = _digits()
+        return F.cross_entropy(model(images[: -self.heldout]), labels[: -self.heldout])
+
+    @torch.no_grad()
+    def heldout_loss(self, model: nn.Module) -> float:
+        """Of the training set: what is asked here is how fast it is fitted."""
+        return self.loss(model, torch.Generator()).item()
+
+
+@dataclass(frozen=True)
+class FineTuneTask(DigitsTask):
+    """All ten digits, for a model that knows the first five."""
+
+    def model(self) -> nn.Module:
+        model = DigitsMLP()
+        images, labels = (t[: -self.heldout] for t in _digits())
+        images, labels = images[labels < 5], labels[labels < 5]
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        for _ in range(100):
+            chosen = torch.randint(len(labels), (128,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+        return model
+
+
 def transformer() -> nn.Module:
     return CharTransformer(width=64, num_layers=8, num_heads=4, length=64)
 
@@ -125,4 +166,6 @@ TASKS: dict[str, Task] = {
     "large batch": CharTask(transformer, batch=64),
     "lstm": CharTask(lambda: CharLSTM(128)),
     "digits": DigitsTask(),
+    "full batch": FullBatchTask(),
+    "fine-tuning": FineTuneTask(),
 }

@@ -2,6 +2,7 @@
 
 bash launch/quickstart.sh
 bash launch/quickstart.sh --steps 200 --bundle 16 --seed 1
+bash launch/quickstart.sh --phases
 """
 
 import json
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -29,7 +30,12 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 METHODS: tuple[Method, ...] = get_args(Method)
-LABELS = {"dense": "plain DDP", "powersgd": f"PowerSGD {POWERSGD_RANK}", "vsa": "vsa_ddp"}
+LABELS = {
+    "dense": "plain DDP",
+    "powersgd": f"PowerSGD {POWERSGD_RANK}",
+    "vsa": "vsa_ddp",
+    "phases": "vsa_ddp, phases",
+}
 FIGURES = ("train_loss", "heldout_loss", "wire_bytes_per_step", "compression", "ms_per_step", "hook_ms")
 
 
@@ -56,6 +62,7 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         for name in ("method", "steps", "bundle", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
             if getattr(config, name) is not None:
                 command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+        command += ["--phases"] if config.phases else []
         subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent)
         figures: dict[str, Any] = json.loads(file.read_text())
     return figures
@@ -142,6 +149,9 @@ def main(
     bundle: Annotated[int, typer.Option(help="vsa_ddp: slots per hypervector, 1 to 4096.")] = TrainConfig.bundle,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all three runs.")] = TrainConfig.optimizer,
     seed: Annotated[int, typer.Option(min=0, help="Seed of model, data order and keys.")] = TrainConfig.seed,
+    phases: Annotated[
+        bool, typer.Option("--phases", help="Also vsa_ddp with as many backward passes, and predicted steps between.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for quickstart.json and quickstart.png.")] = Path("runs"),
 ) -> int:
     """Train a character transformer by plain DDP, PowerSGD and vsa_ddp; show loss and bytes side by side."""
@@ -160,19 +170,24 @@ def main(
 
     console = Console()
     runs: dict[str, dict[str, Any]] = {}
-    for method in METHODS:
-        config = TrainConfig(method=method, steps=steps, bundle=bundle, optimizer=optimizer, seed=seed, lr=None)
+    config = TrainConfig(steps=steps, bundle=bundle, optimizer=optimizer, seed=seed, lr=None)
+    configs = {method: replace(config, method=method) for method in METHODS}
+    if phases:
+        configs["phases"] = replace(config, method="vsa", phases=True)
+    for name, each in configs.items():
         try:
-            runs[method] = run_method(config, ranks)
+            runs[name] = run_method(each, ranks)
         except subprocess.CalledProcessError as error:
-            print(f"error: {LABELS[method]} failed with exit code {error.returncode}; see above.", file=sys.stderr)
+            print(f"error: {LABELS[name]} failed with exit code {error.returncode}; see above.", file=sys.stderr)
             return 1
     print_table(runs, console)
+    if phases:
+        console.print(f"Phases: {runs['phases']['skipped']}.")
     plot(runs, out / "quickstart.png")
     report = {
         "methods": {method: figures_of(run) for method, run in runs.items()},
         "config": {
-            **{name: value for name, value in asdict(config).items() if name not in ("method", "lr")},
+            **{name: value for name, value in asdict(config).items() if name not in ("method", "lr", "phases")},
             "ranks": ranks,
             "learning_rates": {method: run["learning_rate"] for method, run in runs.items()},
             "num_parameters": runs["vsa"]["num_parameters"],
@@ -180,6 +195,8 @@ def main(
             "hardware": hardware(),
         },
     }
+    if phases:
+        report["phases"] = runs["phases"]["phases"]
     (out / "quickstart.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(f"Written: {out / 'quickstart.json'} and {out / 'quickstart.png'}")
     return 0

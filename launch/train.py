@@ -67,6 +67,8 @@ class TrainConfig:
     width: int = 64
     num_layers: int = 8
     num_heads: int = 4
+    phases: bool = False
+    """Skip backward passes where predicted gradients prove right. `steps` counts the others."""
 
 
 def check_setting(name: str, value: object) -> None:
@@ -137,8 +139,28 @@ def schedule(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
+def take_step(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    phases: vsa_ddp.PhasedTrainer | None,
+) -> tuple[float, bool]:
+    """One optimizer step. Returns the loss of the batch, and whether there was a backward pass."""
+    if phases is None:
+        loss = model(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item(), True
+    with phases.step() as step:
+        loss = model(*batch)
+        step.backward(loss)
+        optimizer.step()
+    return loss.item(), not step.predicted
+
+
 class History:
-    """What this rank measured, step by step."""
+    """What this rank measured, step by step: predicted steps count with the one that follows."""
 
     def __init__(self, steps: int) -> None:
         self.losses = torch.zeros(steps)
@@ -177,44 +199,53 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     history = History(config.steps)
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}
     parts |= compress(ddp_model, optimizer, config)
+    phases = vsa_ddp.PhasedTrainer(ddp_model, optimizer) if config.phases else None
+    if phases is not None:
+        parts["phases"] = phases
 
     start_step = checkpoint.load(parts) if checkpoint is not None else 0
     order = torch.Generator().manual_seed(config.seed * 1000 + rank)
-    for _ in range(start_step):  # draw what was drawn, so the data order is that of a run without a break
+    for _ in range(
+        phases.schedule.total_step if phases is not None else start_step
+    ):  # draw what was drawn, so the data order is that of a run without a break
         windows(corpus.train, config.batch, config.length, order)
     if start_step and rank == 0:
         print(f"resumed after step {start_step}", file=sys.stderr, flush=True)
     hidden = rank != 0 or "TQDM_DISABLE" in os.environ
     description = {"desc": f"{config.method:>8}", "unit": "step", "mininterval": 0.5}
     bar = tqdm(total=config.steps, initial=start_step, disable=hidden, **description)
-    sent_in_all = sum(history.wire_bytes)
-    for step in range(start_step, config.steps):
+    sent_in_all, sent_before, ms, step = sum(history.wire_bytes), metered.wire_bytes(), 0.0, start_step
+    while step < config.steps:
         x, target = (t.to(device) for t in windows(corpus.train, config.batch, config.length, order))
-        sent_before, start = metered.wire_bytes(), time.perf_counter()
-        loss = ddp_model(x, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        start = time.perf_counter()
+        loss, has_backward = take_step(ddp_model, optimizer, (x, target), phases)
+        ms += (time.perf_counter() - start) * 1e3
+        if not has_backward:
+            continue
         scheduler.step()
-        history.losses[step] = loss.item()
-        history.step_ms.append((time.perf_counter() - start) * 1e3)
+        history.losses[step] = loss
+        history.step_ms.append(ms)
         history.hook_ms.append(ddp_model.take_hook_ms())
         history.wire_bytes.append(metered.wire_bytes() - sent_before)
         sent_in_all += history.wire_bytes[-1]
-        recent = history.losses[max(0, step - 19) : step + 1].mean()
+        sent_before, ms, step = metered.wire_bytes(), 0.0, step + 1
+        recent = history.losses[max(0, step - 20) : step].mean()
         bar.set_postfix_str(f"loss {recent:.3f}, sent {sent_in_all / 2**20:.1f} MiB", refresh=False)
         bar.update()
-        if checkpoint is not None and (step + 1) % checkpoint.every == 0:
+        if checkpoint is not None and step % checkpoint.every == 0:
             history.average_losses(device)
             if rank == 0:
-                checkpoint.save(step + 1, asdict(config), parts)
+                checkpoint.save(step, asdict(config), parts)
     bar.close()
 
     history.average_losses(device)
     if rank != 0:
         return None
     heldout = heldout_loss(model, corpus, config, device)
-    return figures(config, history, heldout, model, corpus)
+    outcome = figures(config, history, heldout, model, corpus)
+    return (
+        outcome if phases is None else {**outcome, "phases": phases.stats()._asdict(), "skipped": str(phases.stats())}
+    )
 
 
 def figures(
@@ -265,6 +296,12 @@ def main(
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "adamw",
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the model, the data order and the keys.")] = 0,
+    phases: Annotated[
+        bool,
+        typer.Option(
+            "--phases", help="Skip backward passes where predicted gradients prove right; --steps counts others."
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     checkpoint_folder: Annotated[
         Path | None,
@@ -285,6 +322,7 @@ def main(
         optimizer=optimizer,
         lr=lr,
         seed=seed,
+        phases=phases,
     )
     checkpoint = None
     if checkpoint_folder is not None:

@@ -11,6 +11,7 @@ ORDER = [
     "version",
     "cost",
     "stats",
+    "phase",
     "layout",
     "names",
     "hypervector",
@@ -32,10 +33,12 @@ ORDER = [
     "state",
     "hook",
     "register",
+    "predictor",
+    "trainer",
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register", "trainer"}
 
 
 def rooms() -> list[tuple[str, Path]]:
@@ -76,3 +79,8 @@ def test_only_the_kernels_import_compilers() -> None:
     for room, path in rooms():
         if {name.split(".")[0] for name in imports(path)} & {"numba", "triton"}:
             assert room == "kernels", path.name
+
+
+def test_the_schedule_of_phases_is_pure() -> None:
+    used = {name.split(".")[0] for name in imports(PACKAGE / "phase.py")}
+    assert not used & {"torch", "numpy", "time", "random"}

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import bench_quickstart
 from launch.charlm import NUM_CHARACTERS, CharTransformer, Corpus, windows
+from launch.quickstart import run_method
 from launch.timing import TimedDDP
 from launch.train import TrainConfig, learning_rate, schedule
 from tests.check_quickstart import check
@@ -48,7 +49,7 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(arguments: list[str], named
 def test_help_names_every_option() -> None:
     outcome = quickstart("--help")
     assert outcome.returncode == 0
-    for option in ("--steps", "--ranks", "--bundle", "--optimizer", "--seed", "--out"):
+    for option in ("--steps", "--ranks", "--bundle", "--optimizer", "--seed", "--out", "--phases"):
         assert option in outcome.stdout
 
 
@@ -63,6 +64,16 @@ def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     assert config["learning_rates"]["vsa"] == pytest.approx(
         config["learning_rates"]["dense"] * learning_rate_factor(config["bundle"])
     )
+
+
+def test_phases_count_backward_passes_and_say_what_was_skipped(tmp_path: Path) -> None:
+    plain, phased = (run_method(TrainConfig(steps=24, phases=phases), 2, show_bar=False) for phases in (False, True))
+    stats = phased["phases"]
+    assert stats["backwards"] == 24 == len(phased["losses"])
+    assert stats["steps"] == 24 + stats["skipped"]
+    assert f"24 backward passes in {stats['steps']} steps" in phased["skipped"]
+    assert plain["losses"][:10] == phased["losses"][:10]  # the warm-up is plain training
+    assert phased["wire_bytes_per_step"] == plain["wire_bytes_per_step"]
 
 
 def test_the_corpus_keeps_held_out_files_apart() -> None:

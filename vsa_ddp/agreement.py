@@ -1,8 +1,16 @@
-"""Do all ranks mean the same? Asked once, at the first bucket, before any gradient is sent."""
+"""Do all ranks mean the same? Asked before the first gradient is sent, and with phases at every step."""
 
+import zlib
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+_DIGEST_BITS = 20
+"""Squares of digests, summed over up to 8192 ranks, are exact in float64."""
 
 
 def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
@@ -24,3 +32,60 @@ def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
             f"all ranks must use the same settings for vsa_ddp, but they differ in {'; '.join(differences)}. "
             "Pass the same settings, seed and checkpoint on every rank."
         )
+
+
+class StepAgreement:
+    """One small all-reduce per step: sums numbers, and finds out whether entries that should be equal are.
+
+    An entry travels as a digest d and its square: sums over W ranks with W sum(d^2) = sum(d)^2 mean that all are equal.
+    Every rank sees the same sums, so all raise, or none. `group` is for these messages alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._same: dict[str, Any] = {}
+        self._length = 0
+        self._sent: deque[tuple[Tensor, dist.Work]] = deque()  # gloo writes into a message until its work is done
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a message was sent and not yet received."""
+        return bool(self._sent)
+
+    def send(self, same: dict[str, Any], numbers: Sequence[float]) -> None:
+        """Begin to exchange; returns at once. Every rank calls it for each step, with as many entries and numbers."""
+        digests = [zlib.crc32(repr(value).encode()) % 2**_DIGEST_BITS for value in same.values()]
+        self._same = same
+        self._begin([0.0, *numbers, *digests, *(d * d for d in digests)])
+
+    def fail(self) -> None:
+        """Instead of the next message: say that this rank cannot go on. It receives nothing any more."""
+        self._begin([1.0] + [0.0] * (self._length - 1))
+
+    def receive(self) -> list[float]:
+        """The numbers, summed over the ranks: the same bits on all. Waits for the ranks that have not sent theirs.
+
+        Raises, on every rank: ValueError naming what differs; RuntimeError if a rank said that it failed, is gone, or
+            has not sent its message within the group's timeout.
+        """
+        message, work = self._sent.popleft()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a rank is gone or stuck: it did not say which step it is in. What happened is in its own log."
+            ) from error
+        failed, *values = message.tolist()
+        size, count = self.group.size(), len(self._same)
+        if failed:
+            raise RuntimeError(f"{failed:.0f} of {size} ranks failed in the step before. Why is in their own logs.")
+        numbers, sums, squares = values[: -2 * count], values[-2 * count : -count], values[-count:]
+        if any(int(total) ** 2 != size * int(square) for total, square in zip(sums, squares, strict=True)):
+            check_agreement(self._same, self.group)
+            raise AssertionError("digests differ, and what they are digests of does not")
+        return numbers
+
+    def _begin(self, values: list[float]) -> None:
+        self._length = len(values)
+        message = torch.tensor(values, dtype=torch.float64)
+        self._sent.append((message, dist.all_reduce(message, group=self.group, async_op=True)))

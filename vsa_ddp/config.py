@@ -1,4 +1,4 @@
-"""Settings of the codec and the hook: one frozen dataclass, every default and every bound."""
+"""Settings of the hook and of the phases: frozen dataclasses, every default and every bound."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,6 +9,9 @@ from vsa_ddp.nodes import RanksPerNode
 Gain = Literal["unbiased", "shrunk"]
 Backend = Literal["auto", "torch", "numba", "triton"]
 WireName = Literal["all_gather", "all_reduce", "two_shot", "auto", "dense"]
+PredictorName = Literal["last", "ema", "momentum", "linear"]
+Adapt = Literal["gate", "trend", "none"]
+HistoryDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +99,72 @@ class VsaConfig:
         if unknown := sorted(set(settings) - set(names)):
             raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}.")
         return cls(**settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """When to predict, and how. The same on every rank: `PhasedTrainer` compares them and raises if they differ.
+
+    A cycle has `full_steps` backward passes and then a section of `predict_steps`, in which every `correct_every`
+    predictions are followed by a correction; a correction closes it. Raises: ValueError naming setting, rule and value.
+    """
+
+    warmup_steps: int = 10
+    """First steps, all with a backward pass."""
+    full_steps: int = 5
+    """Backward passes at the start of a cycle."""
+    predict_steps: int = 20
+    """Steps of the section that follows, corrections inside it included. 0 is plain training. With `adapt="gate"` the
+    most that there may be: it begins with none."""
+    correct_every: int = 5
+    """Predictions between two corrections."""
+    adapt: Adapt = "gate"
+    """"gate": sections grow while the gradients that come bear predictions out and the loss does not rise, and shrink
+    to nothing while not. "trend": lengths follow the loss alone. "none": they stay as they are."""
+    min_slope: float = 0.5
+    """The gate's threshold for the slope g p / p p of true gradients against predictions. The gradient's own noise does
+    not change it: above a half, a prediction is nearer to the gradient without that noise than zero is."""
+    predictor: PredictorName = "linear"
+    """"last" gradient; "ema", their decayed mean; "momentum", the last one and a damped trend; "linear", a line through
+    all of them by weighted least squares."""
+    decay: float = 0.95
+    """Weight of a gradient that is one step older, for "ema" and "linear"."""
+    damping: float = 0.9
+    """Share of the last change that goes on for another step, for "momentum"."""
+    correction: float = 0.0
+    """Share of the mean error of past predictions that is added to the next ones: 0 saves a buffer of the gradient's
+    size."""
+    history_dtype: HistoryDtype = "float32"
+    """How the predictor stores its buffers of the gradient's size: one for "last" and "ema", two for the others,
+    and one more with a `correction`."""
+
+    def __post_init__(self) -> None:
+        for name, low, remedy in (
+            ("warmup_steps", 0, "0 starts with a cycle"),
+            ("full_steps", 1, "a prediction needs a gradient to start from"),
+            ("predict_steps", 0, "0 is plain training"),
+            ("correct_every", 1, "predict_steps or more means one correction, at the end of each section"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an int, got {value!r}.")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}; {remedy}.")
+        for name in ("decay", "damping", "correction"):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
+        if not self.decay:
+            raise ValueError('decay must be greater than 0, got 0; predictor="last" forgets all but one gradient.')
+        slope = self.min_slope
+        if not isinstance(slope, float | int) or isinstance(slope, bool) or not slope >= 0.0:
+            raise ValueError(
+                f'min_slope must be a number of at least 0, got {slope!r}; adapt="none" predicts whatever it is.'
+            )
+        for name, choices in (
+            ("adapt", get_args(Adapt)),
+            ("predictor", get_args(PredictorName)),
+            ("history_dtype", get_args(HistoryDtype)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")

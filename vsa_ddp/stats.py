@@ -1,6 +1,8 @@
-"""What was sent, counted where it is handed to a collective."""
+"""What was sent, counted where it is handed to a collective; and what was predicted instead."""
 
+import math
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -69,4 +71,64 @@ class ByteCounter:
             last_step_bytes=self.totals.wire_bytes - self._before_step,
             steps=steps,
             **totals,
+        )
+
+
+class PredictionQuality(NamedTuple):
+    """How good a prediction was for the gradient that came."""
+
+    explained: float
+    """1 - |g - p|^2 / |g|^2: 1 is perfect, 0 no better than a zero gradient, negative worse than that."""
+    cosine: float
+    """Between the two."""
+    slope: float
+    """g p / p p, the multiple of the prediction that fits best: 1 if all that it misses is the gradient's noise, which
+    lowers the two above."""
+
+    @classmethod
+    def of(cls, moments: Sequence[float]) -> "PredictionQuality":
+        """From [g g, g p, p p]. NaN where what is divided by is zero."""
+        gg, gp, pp = moments
+        return cls(
+            explained=(2.0 * gp - pp) / gg if gg else math.nan,
+            cosine=gp / math.sqrt(gg * pp) if gg and pp else math.nan,
+            slope=gp / pp if pp else math.nan,
+        )
+
+
+class PhaseStats(NamedTuple):
+    """What `PhasedTrainer.stats` tells: totals, from the saved ones on if a state was loaded."""
+
+    steps: int
+    backwards: int
+    """Steps with a backward pass."""
+    skipped: int
+    """Steps without one."""
+    steps_by_phase: dict[str, int]
+    speedup: float
+    """steps / backwards."""
+    cycles: int
+    full_steps: int
+    """Present length."""
+    predict_steps: int
+    """Present length; 0 while the gate is shut."""
+    loss: float | None
+    """The ranks' mean, last agreed on."""
+    quality: PredictionQuality | None
+    """Of the whole gradient, last agreed on."""
+    error_by_horizon: dict[int, float]
+    """Steps that a prediction reached ahead -> mean share of the gradient's energy that it did not explain."""
+    dense_bytes_skipped: int
+    """Bytes of gradients that skipped backward passes did not hand to DDP; a compressing hook would have sent fewer."""
+    seconds_by_phase: dict[str, float]
+    """Wall time of this rank inside `step`."""
+
+    def __str__(self) -> str:
+        quality = "prediction not measured"
+        if self.quality is not None:
+            quality = f"cosine {self.quality.cosine:.2f} and slope {self.quality.slope:.2f} of the last prediction"
+        return (
+            f"{self.backwards} backward passes in {self.steps} steps ({self.speedup:.2f} x), "
+            f"{self.dense_bytes_skipped / 2**20:.1f} MiB of gradients not sent, "
+            f"{sum(self.seconds_by_phase.values()):.1f} s; {quality}"
         )

@@ -8,7 +8,7 @@ from vsa_ddp.wires.all_gather import AllGather
 from vsa_ddp.wires.all_reduce import AllReduce
 from vsa_ddp.wires.courier import Courier
 from vsa_ddp.wires.hierarchical import Hierarchical
-from vsa_ddp.wires.link import Link, keep_for_current_stream, num_groups_made
+from vsa_ddp.wires.link import Link, keep_for_current_stream, make_cpu_twin, num_groups_made
 from vsa_ddp.wires.message import Mean, Message, Rounds, Wire
 from vsa_ddp.wires.two_shot import TwoShot
 
@@ -28,5 +28,6 @@ __all__ = [
     "TwoShot",
     "Wire",
     "keep_for_current_stream",
+    "make_cpu_twin",
     "num_groups_made",
 ]

@@ -215,9 +215,15 @@ def _check_can_split(whole: dist.ProcessGroup) -> None:
         )
 
 
-def _make(whole: dist.ProcessGroup, groups: list[list[int]]) -> dist.ProcessGroup:
+def make_cpu_twin(whole: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, with the timeout of `whole`. Collective over `whole`, blocks."""
+    return _make(whole, [dist.get_process_group_ranks(whole)], "gloo")
+
+
+def _make(whole: dist.ProcessGroup, groups: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
     """Make these groups of `whole`'s ranks. Returns the one that this rank is in."""
-    new_group = functools.partial(dist.new_group, timeout=_timeout(whole), backend=dist.get_backend(whole))
+    backend = backend or dist.get_backend(whole)
+    new_group = functools.partial(dist.new_group, timeout=_timeout(whole), backend=backend)
     mine = next(index for index, ranks in enumerate(groups) if dist.get_rank() in ranks)
     made: dist.ProcessGroup
     if whole is dist.group.WORLD:  # every rank makes all of them, in the same order

@@ -1,0 +1,311 @@
+"""Is a skipped backward pass worth it: loss at equal backward passes and at equal cost, where it pays and where not.
+
+    python -m benchmarks.bench_phases --quick                       # two small tasks, one seed, a minute; only printed
+    python -m benchmarks.bench_phases --full                        # all of it into benchmarks/results: many hours
+    python -m benchmarks.bench_phases --full --suite digits --suite full-batch --hours 2
+    python -m benchmarks.bench_phases --report                      # rebuild the page from the stored runs
+
+Ranks take turns in one process (`phase_methods`), with the package's own schedule and predictor. Every method has the
+same number of backward passes, in which the learning rate runs through its whole schedule; "plain, same cost" has as
+many more as the predicted steps of "gate, linear" cost, at one for a forward pass and two for a backward one. Learning
+rates are tried with the first seed on a grid that grows while its best is at an end, unless the suite has a rate that
+is deliberately conservative. Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
+"""
+
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from benchmarks import bench_training
+from benchmarks.bench_training import OptimizerName, diverged, rank_orders, score
+from benchmarks.phase_methods import METHODS, PhasedRun
+from benchmarks.store import Store
+from benchmarks.tasks import TASKS
+from launch.cli import run_command
+from launch.train import schedule
+
+RESULTS = Path(__file__).parent / "results" / "phases_cpu2_202611.json"
+SEEDS = (0, 1, 2)
+RANKS = 4
+PERIOD = 3
+"""Steps between averages of local SGD: about the bytes per step of the fixed schedule, 26 steps to 9 gradients."""
+LOCAL, SAME_COST, FASTER = f"local {PERIOD}", "plain, same cost", "plain, lr x 2.89"
+NAMES = (*METHODS, SAME_COST, FASTER, LOCAL)
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A task with an optimizer, for all methods."""
+
+    task: str
+    optimizer: OptimizerName
+    backwards: int
+    base_lr: float
+    """Where the search begins: times two to the halves. The only one if not `tuned`."""
+    tuned: bool = True
+
+    def matches(self, run: Run) -> bool:
+        return all(run[name] == getattr(self, name) for name in ("task", "optimizer", "backwards", "tuned"))
+
+
+SUITES = {
+    "char": Suite(task="transformer", optimizer="adamw", backwards=300, base_lr=4e-3),
+    "char-conservative": Suite(task="transformer", optimizer="adamw", backwards=300, base_lr=1e-4, tuned=False),
+    "digits": Suite(task="digits", optimizer="sgd", backwards=300, base_lr=0.05),
+    "full-batch": Suite(task="full batch", optimizer="adamw", backwards=200, base_lr=0.04),
+    "full-batch-sgd": Suite(task="full batch", optimizer="sgd", backwards=200, base_lr=0.2),
+    "fine-tuning": Suite(task="fine-tuning", optimizer="adamw", backwards=150, base_lr=2e-4, tuned=False),
+    "fine-tuning-sgd": Suite(task="fine-tuning", optimizer="sgd", backwards=150, base_lr=2e-3, tuned=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run."""
+
+    task: str
+    optimizer: OptimizerName
+    backwards: int
+    """Budget."""
+    tuned: bool
+    method: str
+    lr: float
+    seed: int = 0
+    extra: int = 0
+    """Backward passes beyond the budget."""
+
+
+# Running
+
+
+def run(trial: Trial) -> Run:
+    """Train. The loss is None once a loss was not finite or far above where it began."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    found = run_local(trial) if trial.method == LOCAL else run_phased(trial)
+    return {**asdict(trial), **found, "seconds": time.perf_counter() - start}
+
+
+def run_phased(trial: Trial) -> Run:
+    budget = trial.backwards + trial.extra
+    config, skip = METHODS.get(trial.method, METHODS["plain"])
+    torch.manual_seed(trial.seed)
+    model = TASKS[trial.task].model()
+    setting = bench_training.Trial(
+        task=trial.task,
+        optimizer=trial.optimizer,
+        method="dense",
+        lr=trial.lr,
+        momentum=0.9,
+        steps=budget,
+        seed=trial.seed,
+    )
+    optimizer = bench_training.make_optimizer(model, setting)
+    phased = PhasedRun(TASKS[trial.task], model, optimizer, config, rank_orders(setting), skip)
+    good = True
+    while phased.backwards < budget and good:
+        # by backward passes: how many steps there will be, the gate has yet to find out
+        share = schedule(min(int(phased.backwards), budget - 1), budget) if trial.tuned else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = trial.lr * share
+        phased.step()
+        good = not phased.losses or not diverged(phased.losses)
+    steps = phased.schedule.total_step
+    return {
+        "heldout_loss": TASKS[trial.task].heldout_loss(model) if good else None,
+        "steps": steps,
+        "predicted": phased.schedule.steps["predict"],
+        "backwards_done": phased.backwards,
+        "cost": phased.forwards + 2.0 * phased.backwards,
+        "gradients_sent": phased.gradients_sent,
+        "error_by_horizon": phased.schedule.error_by_horizon(),
+    }
+
+
+def run_local(trial: Trial) -> Run:
+    """As many averages of the weights as the others have gradients, and a backward pass in each step between."""
+    steps = trial.backwards * PERIOD
+    setting = bench_training.Trial(
+        task=trial.task,
+        optimizer=trial.optimizer,
+        method=LOCAL,
+        lr=trial.lr,
+        momentum=0.9,
+        steps=steps,
+        seed=trial.seed,
+    )
+    found = bench_training.run(setting)
+    cost = {"backwards_done": steps, "cost": 3.0 * steps, "gradients_sent": trial.backwards, "error_by_horizon": {}}
+    return {"heldout_loss": found["heldout_loss"], "steps": steps, "predicted": 0, **cost}
+
+
+# Planning
+
+
+def waiting(suite: Suite, method: str, runs: list[Run]) -> Iterator[Trial]:
+    """What can be run now: the grid with the first seed, its extension while the best is at an end, other seeds."""
+    mine = [r for r in runs if suite.matches(r) and r["method"] == method]
+    trial = Trial(
+        task=suite.task,
+        optimizer=suite.optimizer,
+        backwards=suite.backwards,
+        tuned=suite.tuned,
+        method=method,
+        lr=suite.base_lr * (26 / 9 if method == FASTER else 1),
+    )
+    if method == SAME_COST:
+        gated = best_runs(suite, "gate, linear", runs)
+        plain = best_runs(suite, "plain", runs)
+        if len(gated) < len(SEEDS) or len(plain) < len(SEEDS):
+            return
+        extra = statistics.mean(r["cost"] for r in gated) / 3 - suite.backwards
+        trial = replace(trial, lr=plain[0]["lr"], extra=round(extra))
+    elif method == FASTER and suite.tuned:
+        return  # the search has it
+    elif suite.tuned:
+        first = {round(2 * math.log2(r["lr"] / trial.lr)): r for r in mine if r["seed"] == SEEDS[0]}
+        wanted = {-1, 0, 1} - first.keys()
+        best = min(first, key=lambda k: score(first[k]), default=0)
+        if not wanted:
+            wanted = {best - 1, best + 1} - first.keys()
+        if wanted := {k for k in wanted if abs(k) <= 8}:
+            yield from (replace(trial, lr=trial.lr * 2 ** (k / 2)) for k in sorted(wanted))
+            return
+        if score(first[best]) == math.inf:
+            return
+        trial = replace(trial, lr=first[best]["lr"])
+    done = {r["seed"] for r in mine if r["lr"] == trial.lr}
+    yield from (replace(trial, seed=seed) for seed in SEEDS if seed not in done)
+
+
+def plan(suites: list[Suite], runs: list[Run]) -> list[Trial]:
+    return [trial for suite in suites for method in NAMES for trial in waiting(suite, method, runs)]
+
+
+def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
+    """Run what is planned, some at a time, until nothing is left or the time is up."""
+    deadline = time.monotonic() + seconds
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
+        running: dict[Future[Run], Trial] = {}
+        while True:
+            planned = [t for t in plan(suites, store.list) if t not in running.values()]
+            if time.monotonic() < deadline:
+                for trial in planned[: jobs - len(running)]:
+                    running[pool.submit(run, trial)] = trial
+            if not running:
+                break
+            bar.total = len(store.list) + len(running) + len(planned)
+            bar.set_postfix_str("; ".join(f"{t.task}, {t.method}, {t.lr:.2g}" for t in running.values()))
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                store.add(done.result())
+                del running[done]
+                bar.update()
+
+
+# Reporting
+
+
+def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
+    """All seeds at the learning rate that has all seeds, or most, and the least mean loss."""
+    groups: dict[float, list[Run]] = {}
+    for r in runs:
+        if suite.matches(r) and r["method"] == method:
+            groups.setdefault(r["lr"], []).append(r)
+    most = max(map(len, groups.values()), default=0)
+    full = [g for g in groups.values() if len(g) == most]
+    return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
+
+
+def verdict(runs: list[Run], plain: list[Run]) -> str:
+    """Against plain training, seed by seed: better or worse only by more than plain training's own spread."""
+    losses = {r["seed"]: score(r) for r in plain}
+    pairs = [score(r) - losses[r["seed"]] for r in runs if r["seed"] in losses]
+    if len(losses) < 2:
+        return "one seed"
+    spread = max(losses.values()) - min(losses.values())
+    mean = statistics.mean(pairs)
+    if not mean or abs(mean) <= spread:
+        return "same"
+    return "**better**" if mean < 0 else "worse"
+
+
+def table(suite: Suite, runs: list[Run]) -> list[str]:
+    """One suite's, as lines of Markdown."""
+    plain = best_runs(suite, "plain", runs)
+    lines = [
+        "| method | learning rate | backward passes | steps | cost | gradients sent | loss (seeds) | against plain |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for method in NAMES:
+        if mine := sorted(best_runs(suite, method, runs), key=lambda r: r["seed"]):
+            mean = {
+                n: statistics.mean(r[n] for r in mine) for n in ("backwards_done", "steps", "cost", "gradients_sent")
+            }
+            loss = f"{statistics.mean(map(score, mine)):.4g} ({', '.join(f'{score(r):.4g}' for r in mine)})"
+            lines.append(
+                f"| {method} | {mine[0]['lr']:.4g} | {mean['backwards_done']:.0f} | {mean['steps']:.0f} | "
+                f"{mean['cost']:.0f} | {mean['gradients_sent']:.0f} | {loss} | {verdict(mine, plain)} |"
+            )
+    return lines
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables of a results file, as Markdown."""
+    lines = ["# Skipped backward passes: loss at equal backward passes, and at equal cost", ""]
+    lines += [
+        "`python -m benchmarks.bench_phases` wrote the runs, `--report` this page. Cost: one for a forward pass, two"
+    ]
+    lines += ["for a backward one. Better and worse: by more than the range of plain training's seeds.", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    for name, suite in SUITES.items():
+        if any(suite.matches(r) for r in results["runs"]):
+            rate = "each at its best learning rate" if suite.tuned else f"learning rate {suite.base_lr:g}, conservative"
+            lines += ["", f"## {name}: {suite.task}, {suite.optimizer}, {suite.backwards} backward passes, {rate}", ""]
+            lines += table(suite, results["runs"])
+    return "\n".join(lines) + "\n"
+
+
+QUICK = ("full-batch", "fine-tuning")
+QUICK_METHODS = ("plain", "gate, linear", "fixed, linear", "fixed, repeat the last", "fixed, zero gradient")
+
+
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two tasks at one learning rate, five methods, one seed.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every suite, or those named.")] = False,
+    suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
+    hours: Annotated[float, typer.Option(min=0, help="Begin no run after so long.")] = 1000.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
+    rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page.")] = False,
+) -> None:
+    """Compare what backward passes, predicted steps and other ways to skip them are worth."""
+    if quick + full + rebuild != 1:
+        raise typer.BadParameter("choose one of --quick, --full and --report.")
+    if unknown := set(suite or ()) - SUITES.keys():
+        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
+    if full:
+        work([SUITES[name] for name in suite or SUITES], store, jobs, hours * 3600)
+    elif quick:
+        trials = [next(waiting(SUITES[name], method, [])) for name in QUICK for method in QUICK_METHODS]
+        for trial in tqdm(trials, unit="run"):
+            store.add(run(trial))
+    store.write_page(report)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,325 @@
+"""Gradients predicted from past ones. Local: what is built from gradients that all ranks share is the same on all.
+
+A predictor is a few buffers of the gradient's size, updated in place, and a prediction is a sum of them with two
+weights: nothing else is kept of the history.
+
+| method     | buffers                      | prediction at h steps after the last gradient                          |
+|------------|------------------------------|------------------------------------------------------------------------|
+| `last`     | g                            | g                                                                      |
+| `ema`      | sum of w g                   | their mean, with w = decay ** age                                      |
+| `momentum` | g1, g0, the last two         | g1 + (d + d^2 + ... + d^h) (g1 - g0): a damped trend, d the damping    |
+| `linear`   | sums of w g and of w t g     | the line a + b t through all gradients, weighted least squares, at t=h |
+
+Source: the damped trend is Gardner and McKenzie 1985 (Management Science 31), discounted least squares Brown 1963.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsa_ddp.config import PhaseConfig
+from vsa_ddp.phase import HISTORY_NEEDED
+from vsa_ddp.stats import PredictionQuality
+
+Gradients = dict[str, Tensor]
+
+
+class PredictorStats(NamedTuple):
+    """What `GradientPredictor.stats` tells."""
+
+    total_steps: int
+    """Steps so far, recorded or predicted."""
+    num_recorded: int
+    """Gradients in the history."""
+    horizon: int
+    """Steps from the last recorded gradient to the present one."""
+    num_buffers: int
+    """Of the gradient's size."""
+    buffer_bytes: int
+    quality: PredictionQuality | None
+    """Of the whole gradient, last measured."""
+
+
+class GradientPredictor:
+    """Predicts the gradients of some parameters, by name.
+
+    Every step is one call of `record_gradient` or `predict_gradient`; the steps count themselves, unless `step` says
+    which one it is. A parameter that had no gradient when one was last recorded is not predicted.
+
+    Args:
+        named_parameters: those that will have gradients: their shapes, dtypes and devices.
+        config: `predictor`, its settings, and `min_slope` and `predict_steps` for `should_compute_full`.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: PhaseConfig | None = None) -> None:
+        self.config = config if config is not None else PhaseConfig()
+        self._parameters = dict(named_parameters)
+        self._num_sums = 1 if self.config.predictor in ("last", "ema") else 2
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.total_steps = 0
+        self.num_recorded = 0
+        self._last_step = 0
+        self._gap = 1
+        self._weights = (0.0, 0.0, 0.0)  # sums of w, w t and w t^2, with t = 0 at the last recorded gradient
+        self._sums: list[Gradients] = [{} for _ in range(self._num_sums)]
+        self._residual: Gradients = {}
+        self._present: list[str] = []
+        self._moments_T3: Tensor | None = None
+        self._measured: list[str] = []
+        self.quality: PredictionQuality | None = None
+
+    # The history
+
+    @torch.no_grad()
+    def record_gradient(self, gradients: Mapping[str, Tensor], *, step: int | None = None, scale: float = 1.0) -> bool:
+        """Take the true gradient of this step into the history, divided by `scale`.
+
+        Returns False, and changes nothing but the count of steps, if it is not finite. The host waits for the device.
+        Raises: TypeError for a sparse or complex gradient; KeyError for a parameter that is not known.
+        """
+        now = self._now(step)
+        self._check(gradients)
+        if not _all_finite(list(gradients.values())):
+            return False
+        gap = now - self._last_step if self.num_recorded else 1
+        names = list(gradients)
+        self._allocate(self._sums, names)
+        method, decay = self.config.predictor, self.config.decay**gap
+        g0, gt = (list(sums.values()) for sums in (self._sums[0], self._sums[-1]))
+        if method == "momentum":
+            torch._foreach_copy_(gt, g0)
+        if method == "linear" and self.num_recorded:
+            # w t of a gradient that is now `gap` older
+            torch._foreach_sub_(gt, g0, alpha=gap)
+            torch._foreach_mul_(gt, decay)
+        torch._foreach_mul_(g0, decay if method in ("ema", "linear") else 0.0)
+        torch._foreach_add_([self._sums[0][n] for n in names], [gradients[n] for n in names], alpha=1.0 / scale)
+        w, wt, wtt = self._weights
+        aged = decay * w, decay * (wt - gap * w), decay * (wtt - 2 * gap * wt + gap * gap * w)
+        self._weights = aged[0] + 1.0, aged[1], aged[2]
+        self._present, self._gap, self._last_step = names, gap, now
+        self.num_recorded += 1
+        return True
+
+    @torch.no_grad()
+    def predict_gradient(self, *, step: int | None = None, scale: float = 1.0) -> Gradients:
+        """The gradient of this step as the history has it, times `scale`: new tensors, in the parameters' dtypes.
+
+        Raises: ValueError while the history is empty.
+        """
+        now = self._now(step)
+        names = self._present
+        weights = [scale * w for w in self._coefficients(now)]
+        if not names:
+            return {}
+        predicted = torch._foreach_mul([self._working(self._sums[0][n], n) for n in names], weights[0])
+        for sums, weight in zip(self._sums[1:], weights[1:], strict=True):
+            torch._foreach_add_(predicted, [sums[n] for n in names], alpha=weight)
+        self.apply_correction(dict(zip(names, predicted, strict=True)), scale=scale)
+        return {n: p.to(self._parameters[n].dtype) for n, p in zip(names, predicted, strict=True)}
+
+    # Correction and quality
+
+    @torch.no_grad()
+    def compute_correction(
+        self, gradients: Mapping[str, Tensor], *, step: int | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Compare the true gradient with the prediction for the same step. Before `record_gradient`, or it is no test.
+
+        Takes in the error for later corrections, unless it is not finite, if `config.correction` is not 0. The host
+        waits for the device. Shapes: returns (3,) float64 on the CPU: [g g, g p, p p], from which
+        `PredictionQuality.of` makes figures.
+        Raises: ValueError while the history is empty.
+        """
+        now = self.total_steps if step is None else step
+        weights = self._coefficients(now)
+        self._check(gradients)
+        self._measured = sorted(gradients.keys() | set(self._present))
+        moments = [self._moments(gradients.get(n), self._predict_one(n, weights), n, scale) for n in self._measured]
+        self._moments_T3 = torch.stack([m.to(moments[0].device) for m in moments]).cpu()
+        total_3 = self._moments_T3.sum(0)
+        self.quality = PredictionQuality.of(total_3.tolist())
+        if self.config.correction and bool(total_3.isfinite().all()):
+            self._allocate([self._residual], list(gradients))
+            for name in gradients:
+                residual, error = self._residual[name], self._predict_one(name, weights, corrected=False)
+                if error is None:
+                    continue
+                error.neg_().add_(gradients[name], alpha=1.0 / scale)
+                residual.mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
+        return total_3
+
+    @torch.no_grad()
+    def apply_correction(self, predicted: Gradients, *, scale: float = 1.0) -> Gradients:
+        """Add `config.correction` of the mean error of past predictions, in place. `predict_gradient` has done it."""
+        names = [n for n in predicted if n in self._residual]
+        if names:
+            weight = self.config.correction * scale
+            torch._foreach_add_([predicted[n] for n in names], [self._residual[n] for n in names], alpha=weight)
+        return predicted
+
+    def quality_by_parameter(self) -> dict[str, PredictionQuality]:
+        """Of the last comparison, parameter by parameter. Empty before the first."""
+        if self._moments_T3 is None:
+            return {}
+        return {n: PredictionQuality.of(m) for n, m in zip(self._measured, self._moments_T3.tolist(), strict=True)}
+
+    def should_compute_full(self) -> bool:
+        """Whether this step wants a true gradient: for lack of history, for age, or for the quality last measured."""
+        if self.num_recorded < HISTORY_NEEDED[self.config.predictor]:
+            return True
+        if self.total_steps - self._last_step > self.config.predict_steps:
+            return True
+        return self.quality is not None and not self.quality.slope >= self.config.min_slope
+
+    # What it tells
+
+    def stats(self) -> PredictorStats:
+        """Counts, memory and the last quality."""
+        buffers = [*self._sums, *([self._residual] if self._residual else [])]
+        return PredictorStats(
+            total_steps=self.total_steps,
+            num_recorded=self.num_recorded,
+            horizon=self.total_steps - self._last_step if self.num_recorded else 0,
+            num_buffers=len(buffers),
+            buffer_bytes=sum(t.nbytes for buffer in buffers for t in buffer.values()),
+            quality=self.quality,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`."""
+        return {
+            "predictor": self.config.predictor,
+            "sums": [{n: t.clone() for n, t in sums.items()} for sums in self._sums],
+            "residual": {n: t.clone() for n, t in self._residual.items()},
+            "present": list(self._present),
+            "weights": list(self._weights),
+            "counts": [self.total_steps, self.num_recorded, self._last_step, self._gap],
+            "quality": list(self.quality) if self.quality is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on the devices of the parameters.
+
+        Raises: ValueError if it is another predictor's, or of other parameters.
+        """
+        if state["predictor"] != self.config.predictor:
+            raise ValueError(
+                f"the saved history is that of predictor {state['predictor']!r}, but the setting is "
+                f"{self.config.predictor!r}; use the one that was saved, or leave the history out."
+            )
+        self.reset()
+        for buffer, saved in zip([*self._sums, self._residual], [*state["sums"], state["residual"]], strict=True):
+            for name, tensor in saved.items():
+                parameter = self._parameters.get(name)
+                if parameter is None or parameter.shape != tensor.shape:
+                    here = "absent" if parameter is None else tuple(parameter.shape)
+                    raise ValueError(
+                        f"the saved history belongs to other parameters: {name} is {tuple(tensor.shape)} there and "
+                        f"{here} here."
+                    )
+                # a copy in the parameter's memory format, as `_allocate` makes it: sums have the same bits then
+                buffer[name] = torch.empty_like(parameter, dtype=self._stored_dtype(parameter)).copy_(tensor)
+        self._present = list(state["present"])
+        self._weights = tuple(state["weights"])
+        self.total_steps, self.num_recorded, self._last_step, self._gap = state["counts"]
+        self.quality = PredictionQuality(*state["quality"]) if state["quality"] is not None else None
+
+    # Parts
+
+    def _now(self, step: int | None) -> int:
+        now = self.total_steps if step is None else step
+        self.total_steps = now + 1
+        return now
+
+    def _coefficients(self, now: int) -> tuple[float, ...]:
+        """Weights of the sums in the prediction for step `now`."""
+        if not self.num_recorded:
+            raise ValueError("there is no gradient to predict from; record one first.")
+        h = now - self._last_step
+        w, wt, wtt = self._weights
+        if self.config.predictor == "last":
+            return (1.0,)
+        if self.config.predictor == "ema":
+            return (1.0 / w,)
+        if self.config.predictor == "momentum":
+            if self.num_recorded == 1:
+                return 1.0, 0.0
+            slope = math.fsum(self.config.damping**k for k in range(1, h + 1)) / self._gap
+            return 1.0 + slope, -slope
+        spread = w * wtt - wt * wt  # 0 with one gradient: a constant
+        ahead = (h - wt / w) / spread if self.num_recorded > 1 else 0.0
+        return 1.0 / w - ahead * wt, ahead * w
+
+    def _predict_one(self, name: str, weights: tuple[float, ...], *, corrected: bool = True) -> Tensor | None:
+        """One parameter's prediction, as a new tensor; None if it is not predicted."""
+        if name not in self._present:
+            return None
+        predicted = self._working(self._sums[0][name], name) * weights[0]
+        for sums, weight in zip(self._sums[1:], weights[1:], strict=True):
+            predicted.add_(sums[name], alpha=weight)
+        if corrected and name in self._residual:
+            predicted.add_(self._residual[name], alpha=self.config.correction)
+        return predicted
+
+    def _moments(self, gradient: Tensor | None, predicted: Tensor | None, name: str, scale: float) -> Tensor:
+        """[g g, g p, p p] of one parameter. Shapes: (3,) float64."""
+        zero = torch.zeros((), device=self._parameters[name].device)
+        g = self._working(gradient, name).flatten() if gradient is not None else None
+        p = predicted.flatten() if predicted is not None else None
+        gg = torch.dot(g, g) if g is not None else zero
+        gp = torch.dot(g, p) if g is not None and p is not None else zero
+        pp = torch.dot(p, p) if p is not None else zero
+        return torch.stack([gg / scale**2, gp / scale, pp]).double()
+
+    def _allocate(self, buffers: Sequence[Gradients], names: Iterable[str]) -> None:
+        for buffer in buffers:
+            for name in names:
+                if name not in buffer:
+                    parameter = self._parameters[name]
+                    buffer[name] = torch.zeros_like(parameter, dtype=self._stored_dtype(parameter))
+
+    def _stored_dtype(self, parameter: Tensor) -> torch.dtype:
+        if self.config.history_dtype == "bfloat16":
+            return torch.bfloat16
+        return torch.promote_types(parameter.dtype, torch.float32)
+
+    def _working(self, tensor: Tensor, name: str) -> Tensor:
+        """In the precision that is calculated with."""
+        return tensor.to(torch.promote_types(self._parameters[name].dtype, torch.float32))
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            if gradient.is_sparse or gradient.is_complex():
+                kind = "sparse" if gradient.is_sparse else str(gradient.dtype)
+                raise TypeError(f"the gradient of {name} is {kind}, which cannot be predicted; use dense, real ones.")
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """A number per tensor that depends on its bits and on nothing else: exact sums, in any order.
+
+    Shapes: (T,) int64.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def digest(sums_T: Tensor) -> int:
+    """Of `fingerprint`. The host waits for the device."""
+    return zlib.crc32(sums_T.cpu().numpy().tobytes())
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no value is infinite or NaN."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors, math.inf)
+    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
