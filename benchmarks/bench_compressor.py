@@ -1,7 +1,7 @@
 """What it takes to archive the gradient of GPT-2 small, 124 M parameters: time, memory, bytes, and what comes back.
 
     python -m benchmarks.bench_compressor            # every backend, B of 1, 4 and 16; about 3 min on 2 cores
-    python -m benchmarks.bench_compressor --quick    # a tiny GPT, only printed
+    python -m benchmarks.bench_compressor --quick    # a tiny GPT, B=4, only printed
     python -m benchmarks.bench_compressor --report   # rebuild the page from the stored runs
 
 Each setting runs in a process of its own, whose peak of resident memory is then that of the setting: interpreter,
@@ -35,6 +35,7 @@ from vsa_ddp.config import Backend
 RESULTS = Path(__file__).parent / "results" / "compressor_cpu2_202611.json"
 BACKENDS: tuple[Backend, ...] = ("numba", "torch")
 BUNDLES = (1, 4, 16)
+QUICK_BUNDLES = (4,)
 ROUNDS = 3
 PARTS = ("compress", "save", "load", "decompress")
 TINY = GptConfig(length=32, width=64, num_layers=2, num_heads=2, vocabulary=512)
@@ -145,14 +146,14 @@ def spread(seconds: list[float]) -> str:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny GPT; printed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny GPT, B=4; printed.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
 ) -> None:
     """Compress, save, load and decompress the gradient of a GPT, by every backend on the CPU."""
     threads, rounds = torch.get_num_threads(), 2 if quick else ROUNDS
     store = Store(json_file or (None if quick else RESULTS), "records", rebuild=rebuild, threads=threads, rounds=rounds)
-    for backend, bundle in [] if rebuild else itertools.product(BACKENDS, BUNDLES):
+    for backend, bundle in [] if rebuild else itertools.product(BACKENDS, QUICK_BUNDLES if quick else BUNDLES):
         if not find(store.list, backend=backend, bundle=bundle):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                 size = TINY if quick else GptConfig()
