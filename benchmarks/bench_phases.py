@@ -20,19 +20,19 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from tqdm import tqdm
 
 from benchmarks import bench_training
-from benchmarks.bench_training import OptimizerName, diverged, rank_orders, score
+from benchmarks.bench_training import diverged, rank_orders, score
 from benchmarks.phase_methods import METHODS, PhasedRun
-from benchmarks.store import Store
+from benchmarks.store import Record, Results, Store, page_head
 from benchmarks.tasks import TASKS
 from launch.cli import run_command
-from launch.train import schedule
+from launch.train import OptimizerName, make_optimizer, schedule
 
 RESULTS = Path(__file__).parent / "results" / "phases_cpu2_202611.json"
 SEEDS = (0, 1, 2)
@@ -41,7 +41,6 @@ PERIOD = 3
 """Steps between averages of local SGD: about the bytes per step of the fixed schedule, 26 steps to 9 gradients."""
 LOCAL, SAME_COST, FASTER = f"local {PERIOD}", "plain, same cost", "plain, lr x 2.89"
 NAMES = (*METHODS, SAME_COST, FASTER, LOCAL)
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Suite:
     """Where the search begins: times two to the halves. The only one if not `tuned`."""
     tuned: bool = True
 
-    def matches(self, run: Run) -> bool:
+    def matches(self, run: Record) -> bool:
         return all(run[name] == getattr(self, name) for name in ("task", "optimizer", "backwards", "tuned"))
 
 
@@ -89,7 +88,7 @@ class Trial:
 # Running
 
 
-def run(trial: Trial) -> Run:
+def run(trial: Trial) -> Record:
     """Train. The loss is None once a loss was not finite or far above where it began."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -97,7 +96,7 @@ def run(trial: Trial) -> Run:
     return {**asdict(trial), **found, "seconds": time.perf_counter() - start}
 
 
-def run_phased(trial: Trial) -> Run:
+def run_phased(trial: Trial) -> Record:
     budget = trial.backwards + trial.extra
     config, skip = METHODS.get(trial.method, METHODS["plain"])
     torch.manual_seed(trial.seed)
@@ -111,7 +110,7 @@ def run_phased(trial: Trial) -> Run:
         steps=budget,
         seed=trial.seed,
     )
-    optimizer = bench_training.make_optimizer(model, setting)
+    optimizer = make_optimizer(model, setting.optimizer, setting.lr, setting.momentum)
     phased = PhasedRun(TASKS[trial.task], model, optimizer, config, rank_orders(setting), skip)
     good = True
     while phased.backwards < budget and good:
@@ -133,7 +132,7 @@ def run_phased(trial: Trial) -> Run:
     }
 
 
-def run_local(trial: Trial) -> Run:
+def run_local(trial: Trial) -> Record:
     """As many averages of the weights as the others have gradients, and a backward pass in each step between."""
     steps = trial.backwards * PERIOD
     setting = bench_training.Trial(
@@ -153,7 +152,7 @@ def run_local(trial: Trial) -> Run:
 # Planning
 
 
-def waiting(suite: Suite, method: str, runs: list[Run]) -> Iterator[Trial]:
+def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     """What can be run now: the grid with the first seed, its extension while the best is at an end, other seeds."""
     mine = [r for r in runs if suite.matches(r) and r["method"] == method]
     trial = Trial(
@@ -189,16 +188,16 @@ def waiting(suite: Suite, method: str, runs: list[Run]) -> Iterator[Trial]:
     yield from (replace(trial, seed=seed) for seed in SEEDS if seed not in done)
 
 
-def plan(suites: list[Suite], runs: list[Run]) -> list[Trial]:
+def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
     return [trial for suite in suites for method in NAMES for trial in waiting(suite, method, runs)]
 
 
 def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
-    """Run what is planned, some at a time, until nothing is left or the time is up."""
+    """Record what is planned, some at a time, until nothing is left or the time is up."""
     deadline = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
-        running: dict[Future[Run], Trial] = {}
+        running: dict[Future[Record], Trial] = {}
         while True:
             planned = [t for t in plan(suites, store.list) if t not in running.values()]
             if time.monotonic() < deadline:
@@ -217,9 +216,9 @@ def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
 # Reporting
 
 
-def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
+def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
     """All seeds at the learning rate that has all seeds, or most, and the least mean loss."""
-    groups: dict[float, list[Run]] = {}
+    groups: dict[float, list[Record]] = {}
     for r in runs:
         if suite.matches(r) and r["method"] == method:
             groups.setdefault(r["lr"], []).append(r)
@@ -228,7 +227,7 @@ def best_runs(suite: Suite, method: str, runs: list[Run]) -> list[Run]:
     return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
 
 
-def verdict(runs: list[Run], plain: list[Run]) -> str:
+def verdict(runs: list[Record], plain: list[Record]) -> str:
     """Against plain training, seed by seed: better or worse only by more than plain training's own spread."""
     losses = {r["seed"]: score(r) for r in plain}
     pairs = [score(r) - losses[r["seed"]] for r in runs if r["seed"] in losses]
@@ -241,7 +240,7 @@ def verdict(runs: list[Run], plain: list[Run]) -> str:
     return "**better**" if mean < 0 else "worse"
 
 
-def table(suite: Suite, runs: list[Run]) -> list[str]:
+def table(suite: Suite, runs: list[Record]) -> list[str]:
     """One suite's, as lines of Markdown."""
     plain = best_runs(suite, "plain", runs)
     lines = [
@@ -261,14 +260,12 @@ def table(suite: Suite, runs: list[Run]) -> list[str]:
     return lines
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
-    lines = ["# Skipped backward passes: loss at equal backward passes, and at equal cost", ""]
-    lines += [
-        "`python -m benchmarks.bench_phases` wrote the runs, `--report` this page. Cost: one for a forward pass, two"
-    ]
-    lines += ["for a backward one. Better and worse: by more than the range of plain training's seeds.", ""]
-    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    title = "Skipped backward passes: loss at equal backward passes, and at equal cost"
+    lines = page_head(title, "bench_phases", results)
+    lines += ["", "Cost: one for a forward pass, two for a backward one."]
+    lines += ["Better and worse: by more than the range of plain training's seeds."]
     for name, suite in SUITES.items():
         if any(suite.matches(r) for r in results["runs"]):
             rate = "each at its best learning rate" if suite.tuned else f"learning rate {suite.base_lr:g}, conservative"

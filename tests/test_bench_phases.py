@@ -23,6 +23,7 @@ from benchmarks.bench_phases import (
     waiting,
 )
 from benchmarks.phase_methods import METHODS, PhasedRun, predicted, rolled_back, scaled
+from benchmarks.store import Record
 from benchmarks.tasks import TASKS
 from vsa_ddp import PhaseConfig
 
@@ -97,13 +98,13 @@ def test_a_step_up_is_rolled_back_and_a_step_down_is_kept(sign: float) -> None:
         assert all(torch.equal(a, b) for a, b in zip(after, momentum, strict=True))
 
 
-def told(trial: Trial, loss: float | None, cost: float = 0.0) -> bench_phases.Run:
+def told(trial: Trial, loss: float | None, cost: float = 0.0) -> Record:
     return {**vars(trial), "heldout_loss": loss, "cost": cost or 3.0 * trial.backwards}
 
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:
     suite = Suite(task="digits", optimizer="sgd", backwards=10, base_lr=0.1)
-    runs: list[bench_phases.Run] = []
+    runs: list[Record] = []
     while planned := list(waiting(suite, "gate, linear", runs)):
         runs += [told(t, abs(math.log2(t.lr / 0.4)) + 0.01 * t.seed) for t in planned]
     best = best_runs(suite, "gate, linear", runs)
