@@ -13,12 +13,11 @@ is deliberately conservative. Every run is stored as it ends, and a benchmark th
 """
 
 import math
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +30,7 @@ from benchmarks.bench_training import diverged, rank_orders, score
 from benchmarks.phase_methods import METHODS, PhasedRun
 from benchmarks.store import Record, Results, Store, page_head
 from benchmarks.tasks import TASKS
+from benchmarks.workers import work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 
@@ -192,27 +192,6 @@ def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
     return [trial for suite in suites for method in NAMES for trial in waiting(suite, method, runs)]
 
 
-def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
-    """Record what is planned, some at a time, until nothing is left or the time is up."""
-    deadline = time.monotonic() + seconds
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
-        running: dict[Future[Record], Trial] = {}
-        while True:
-            planned = [t for t in plan(suites, store.list) if t not in running.values()]
-            if time.monotonic() < deadline:
-                for trial in planned[: jobs - len(running)]:
-                    running[pool.submit(run, trial)] = trial
-            if not running:
-                break
-            bar.total = len(store.list) + len(running) + len(planned)
-            bar.set_postfix_str("; ".join(f"{t.task}, {t.method}, {t.lr:.2g}" for t in running.values()))
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                store.add(done.result())
-                del running[done]
-                bar.update()
-
-
 # Reporting
 
 
@@ -296,7 +275,8 @@ def main(
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
-        work([SUITES[name] for name in suite or SUITES], store, jobs, hours * 3600)
+        suites = [SUITES[name] for name in suite or SUITES]
+        work(store, partial(plan, suites), run, lambda t: f"{t.task}, {t.method}, {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         trials = [next(waiting(SUITES[name], method, [])) for name in QUICK for method in QUICK_METHODS]
         for trial in tqdm(trials, unit="run"):

@@ -13,12 +13,11 @@ goes on where it was.
 
 import itertools
 import math
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +32,7 @@ from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
+from benchmarks.workers import work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
@@ -276,27 +276,6 @@ def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
     ]
 
 
-def work(suites: list[Suite], store: Store, jobs: int, seconds: float) -> None:
-    """Run what is planned, some at a time, until nothing is left or the time is up."""
-    deadline = time.monotonic() + seconds
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
-        running: dict[Future[Record], Trial] = {}
-        while True:
-            planned = [t for t in plan(suites, store.list) if t not in running.values()]
-            if time.monotonic() < deadline:
-                for trial in planned[: jobs - len(running)]:
-                    running[pool.submit(run, trial)] = trial
-            if not running:
-                break
-            bar.total = len(store.list) + len(running) + len(planned)
-            bar.set_postfix_str(", ".join(f"{t.method} {t.lr:.2g}" for t in running.values()))
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                store.add(done.result())
-                del running[done]
-                bar.update()
-
-
 # Reporting
 
 
@@ -383,7 +362,8 @@ def main(
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
-        work([SUITES[name] for name in suite or SUITES], store, jobs, hours * 3600)
+        suites = [SUITES[name] for name in suite or SUITES]
+        work(store, partial(plan, suites), run, lambda t: f"{t.method} {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         base = SUITES["sgd-digits"]
         for method in tqdm(("dense", "vsa 4", "powersgd 1", "local 20"), unit="run"):

@@ -34,6 +34,7 @@ ORDER = [
     "hook",
     "register",
     "predictor",
+    "local_phases",
     "trainer",
     "__init__",
     "__main__",

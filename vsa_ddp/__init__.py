@@ -6,6 +6,7 @@ from vsa_ddp.compressor import CompressorStats, VSAGradientCompressor
 from vsa_ddp.config import PhaseConfig, VsaConfig
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.hook import vsa_hook
+from vsa_ddp.local_phases import DeterministicPhaseTrainer, DeterministicPredictor, PhaseTrainer
 from vsa_ddp.optimizer import OptimizerStats, TernaryOptimizerWrapper
 from vsa_ddp.phase import Phase, PhaseSchedule
 from vsa_ddp.predictor import GradientPredictor
@@ -22,6 +23,8 @@ __all__ = [
     "CompressedGradients",
     "CompressionStats",
     "CompressorStats",
+    "DeterministicPhaseTrainer",
+    "DeterministicPredictor",
     "GradientPredictor",
     "OptimizerStats",
     "PackedTritVec",
@@ -29,6 +32,7 @@ __all__ = [
     "PhaseConfig",
     "PhaseSchedule",
     "PhaseStats",
+    "PhaseTrainer",
     "PhasedTrainer",
     "PredictionQuality",
     "Ternary",

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from vsa_ddp.config import PhaseConfig, PredictorName
-from vsa_ddp.stats import PredictionQuality
+from vsa_ddp.stats import PhaseStats, PredictionQuality
 
 logger = logging.getLogger(__name__)
 
@@ -317,6 +317,25 @@ class PhaseSchedule:
     def error_by_horizon(self) -> dict[int, float]:
         """Mean share of the gradient's energy that predictions so far ahead did not explain."""
         return {int(h): total / count for h, (count, total) in sorted(self._at.errors.items(), key=lambda e: int(e[0]))}
+
+    def stats(self, dense_bytes: int, seconds_by_phase: dict[str, float]) -> PhaseStats:
+        """All of it. Args: `dense_bytes` of a gradient; `seconds_by_phase` as they were measured."""
+        skipped = self._at.steps[Phase.PREDICT]
+        return PhaseStats(
+            steps=self.total_step,
+            backwards=self.backwards,
+            skipped=skipped,
+            steps_by_phase=self.steps,
+            speedup=self.speedup,
+            cycles=self.cycle_count,
+            full_steps=self.full_steps,
+            predict_steps=self.predict_steps,
+            loss=self.loss,
+            quality=self.quality,
+            error_by_horizon=self.error_by_horizon(),
+            dense_bytes_skipped=skipped * dense_bytes,
+            seconds_by_phase=dict(seconds_by_phase),
+        )
 
     def should_compute_full(self) -> bool:
         """Whether the step to come has a backward pass."""

@@ -274,23 +274,7 @@ class PhasedTrainer:
 
     def stats(self) -> PhaseStats:
         """Counts, lengths, quality of prediction, bytes and time so far."""
-        schedule = self.schedule
-        skipped = schedule.steps[Phase.PREDICT]
-        return PhaseStats(
-            steps=schedule.total_step,
-            backwards=schedule.backwards,
-            skipped=skipped,
-            steps_by_phase=schedule.steps,
-            speedup=schedule.speedup,
-            cycles=schedule.cycle_count,
-            full_steps=schedule.full_steps,
-            predict_steps=schedule.predict_steps,
-            loss=schedule.loss,
-            quality=schedule.quality,
-            error_by_horizon=schedule.error_by_horizon(),
-            dense_bytes_skipped=skipped * self._dense_bytes,
-            seconds_by_phase=dict(self._seconds),
-        )
+        return self.schedule.stats(self._dense_bytes, self._seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`.

@@ -1,0 +1,41 @@
+"""Runs of a benchmark in several processes at a time, planned anew as each ends."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from benchmarks.store import Record, Store
+
+Trial = TypeVar("Trial")
+
+
+def work(
+    store: Store,
+    plan: Callable[[list[Record]], list[Trial]],
+    run: Callable[[Trial], Record],
+    label: Callable[[Trial], str],
+    jobs: int,
+    seconds: float,
+) -> None:
+    """Run what `plan` makes of the runs so far, until nothing is left or the time is up."""
+    deadline = time.monotonic() + seconds
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
+        running: dict[Future[Record], Trial] = {}
+        while True:
+            planned = [t for t in plan(store.list) if t not in running.values()]
+            if time.monotonic() < deadline:
+                for trial in planned[: jobs - len(running)]:
+                    running[pool.submit(run, trial)] = trial
+            if not running:
+                break
+            bar.total = len(store.list) + len(running) + len(planned)
+            bar.set_postfix_str("; ".join(map(label, running.values())))
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                store.add(done.result())
+                del running[done]
+                bar.update()
