@@ -84,12 +84,7 @@ class PhaseTrainer:
                 "this step is predicted: get_predicted_gradients has its gradients, there are no true ones."
             )
         there = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        if info.measures and self.predictor.num_recorded:
-            gg, gp, pp = self.predictor.compute_correction(there, step=info.total_step).tolist()
-            self._measured = self._measured._replace(moments=(gg, gp, pp), horizon=info.horizon, judges=info.judges)
-        if info.records:
-            recorded = self.predictor.record_gradient(there, step=info.total_step)
-            self._measured = self._measured._replace(rejected=not recorded)
+        self._measured = self.predictor.take(there, info)
 
     def get_predicted_gradients(self) -> Gradients:
         """The gradients of a predicted step, by name, corrected as `config.correction` says.

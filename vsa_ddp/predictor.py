@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vsa_ddp.config import PhaseConfig
-from vsa_ddp.phase import HISTORY_NEEDED
+from vsa_ddp.phase import HISTORY_NEEDED, Measured, StepInfo
 from vsa_ddp.stats import PredictionQuality
 
 Gradients = dict[str, Tensor]
@@ -155,6 +155,19 @@ class GradientPredictor:
                 error.neg_().add_(gradients[name], alpha=1.0 / scale)
                 residual.mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
         return total_3
+
+    def take(self, gradients: Mapping[str, Tensor], info: StepInfo, *, scale: float = 1.0) -> Measured:
+        """The true gradient of a step, as far as the schedule wants it: compared with the prediction, then recorded.
+
+        Returns what there is to tell the schedule, but for the loss. Raises: as `record_gradient`.
+        """
+        found = Measured()
+        if info.measures and self.num_recorded:
+            gg, gp, pp = self.compute_correction(gradients, step=info.total_step, scale=scale).tolist()
+            found = found._replace(moments=(gg, gp, pp), horizon=info.horizon, judges=info.judges)
+        if info.records:
+            found = found._replace(rejected=not self.record_gradient(gradients, step=info.total_step, scale=scale))
+        return found
 
     @torch.no_grad()
     def apply_correction(self, predicted: Gradients, *, scale: float = 1.0) -> Gradients:

@@ -213,13 +213,9 @@ class PhasedTrainer:
 
     def _record(self, info: StepInfo) -> None:
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        scale = self._scale()
-        if info.measures and self.predictor.num_recorded:
-            moments = self.predictor.compute_correction(gradients, step=info.total_step, scale=scale)
-            self._measuring.moments = moments.tolist()
-            self._measuring.horizon, self._measuring.judges = info.horizon, info.judges
-        recorded = self.predictor.record_gradient(gradients, step=info.total_step, scale=scale)
-        self._measuring.rejected = not recorded
+        found = self.predictor.take(gradients, info, scale=self._scale())
+        self._measuring.rejected, self._measuring.moments = found.rejected, found.moments
+        self._measuring.horizon, self._measuring.judges = found.horizon, found.judges
 
     def _scale(self) -> float:
         return 1.0 if self.scaler is None else self.scaler.get_scale()
@@ -321,7 +317,7 @@ class _Measuring:
 
     loss: Tensor | None = None
     rejected: bool = False
-    moments: list[float] | None = None
+    moments: tuple[float, float, float] | None = None
     horizon: int = 1
     judges: bool = False
     bits: Tensor | None = None
