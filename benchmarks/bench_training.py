@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -45,6 +45,7 @@ METHODS = (
     "dense",
     "bf16",
     *(f"vsa {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
+    *(f"sparse {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     "terngrad",
     "drive",
@@ -53,7 +54,7 @@ METHODS = (
     *(f"local {period}" for period in (20, 80, 320, 1280)),
     "alone",
 )
-"""With their bundle, rank or steps between averages. "alone": no communication at all."""
+"""With their bundle, sparsity, rank or steps between averages. "alone": no communication at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,17 @@ SUITES = {
 # Running
 
 
+def family(trial: Trial) -> dict[str, Any]:
+    """Settings that `register` chooses by the optimizer."""
+    return FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
+
+
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, _, number = trial.method.partition(" ")
     if name == "vsa":
-        family = FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
-        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family))
+        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family(trial)))
+    if name == "sparse":
+        return LockstepHook(shapes, VsaConfig(bundle=1, sparsity=int(number), seed=trial.seed, **family(trial)))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     kinds = {
@@ -236,8 +243,8 @@ def score(run: Record) -> float:
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for ours with AdamW; the dense rate for all others."""
     name, _, number = method.partition(" ")
-    if name == "vsa" and suite.optimizer == "adamw":
-        return suite.base_lr * learning_rate_factor(int(number))
+    if name in ("vsa", "sparse") and suite.optimizer == "adamw":
+        return suite.base_lr * learning_rate_factor(*((int(number),) if name == "vsa" else (1, int(number))))
     return suite.base_lr
 
 

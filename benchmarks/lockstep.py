@@ -111,7 +111,7 @@ class LockstepHook:
         sigma_T = state.sigma.of(codec.layout, CPU) if self._wire.shared_sigma else None
         fresh = codec.fresh_keys(step) if self._wire.fresh_keys else None
         messages = [
-            Message(codec.kernels, *codec.encode(g_N, keys), scales_S, sigma_T, fresh)
+            Message(codec.kernels, *codec.encode(g_N, keys), scales_S, sigma_T, fresh, state.config.sparsity)
             for g_N, scales_S in zip(gradient_WN, scales, strict=True)
         ]
         mean = exchange(self._wire, messages, self.counter)

@@ -17,6 +17,7 @@ ORDER = [
     "hypervector",
     "whitening",
     "ternary",
+    "sparse",
     "packing",
     "trits",
     "archive",

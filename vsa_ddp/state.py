@@ -123,7 +123,7 @@ class VsaState:
         assert wire is not None
         sigma_T = self.sigma.of(codec.layout, exact_E.device) if wire.shared_sigma else None
         keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
-        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC)
+        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC, self.config.sparsity)
 
     def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
@@ -228,6 +228,7 @@ class VsaState:
             num_elements,
             num_peers,
             bundle=self.config.bundle,
+            sparsity=self.config.sparsity,
             gbit_per_s=self.config.link_gbit,
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)

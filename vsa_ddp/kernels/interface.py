@@ -64,6 +64,8 @@ class Packed:
     summed are integers."""
     shape: tuple[int, ...]
     """(T, K)."""
+    sparsity: int = 1
+    """1: trits as `packing.pack_trits` packs them; n: block codes, see `sparse`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Kernels(Protocol):
 
     def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`ternary.quantize` and `packing.pack_trits`: (T, P) uint8, (T,) energies and (T,) what was kept, float32."""
+
+    def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`sparse.quantize_sparsely` and `sparse.pack_codes`: (T, P) uint8, (T,) and (T,) float32."""
 
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         """`ternary.quantize` and `packing.pack_digits`: (T, L) int64, (T,) and (T,) float32."""
