@@ -30,6 +30,7 @@ ORDER = [
     "wires",
     "probe",
     "agreement",
+    "replicas",
     "state",
     "hook",
     "register",
@@ -39,7 +40,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register", "trainer"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "names", "state", "hook", "register", "trainer"}
 
 
 def rooms() -> list[tuple[str, Path]]:

@@ -49,6 +49,9 @@ class VsaConfig:
     """Steps between two measurements of the scales (also after steps 1, 2, 4, 8 ...)."""
     scale_decay: float = 0.9
     """Weight of the past in the scales' running mean."""
+    check_interval: int = 100
+    """Steps between two comparisons of the ranks' parameters, beside the one at the first step; 0 for none. If they
+    differ, every rank raises and names the first."""
     seed: int = 0
     """Seed of the keys."""
     backend: Backend = "auto"
@@ -61,6 +64,7 @@ class VsaConfig:
             ("exact_steps", 1, None),
             ("min_numel", 1, None),
             ("scale_interval", 1, None),
+            ("check_interval", 0, None),
             ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
