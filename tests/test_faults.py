@@ -196,7 +196,9 @@ def test_a_checkpoint_loaded_on_some_ranks_only_is_named(tmp_path: Path) -> None
 def different_models(rank: int, world_size: int, kind: str) -> tuple[str, str]:
     model = net()
     if rank == 1 and kind == "name":
-        model.mixing, model.mix = model.mix, nn.Identity()
+        layer = model.mix
+        del model.mix
+        model.mixing, model.mix = layer, layer.forward
     elif rank == 1:
         model.mix.bfloat16()
     ddp = DDP(model, init_sync=False)
@@ -215,7 +217,7 @@ def begin(ddp: DDP, state: VsaState) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("name", r"parameter mix\.weight \(rank 0: 'number 7, \(96, 96\) torch\.float32', rank 1: 'absent'\)"),
+        ("name", r"parameter mix\.weight \(rank 0: 'number \d+, \(96, 96\) torch\.float32', rank 1: 'absent'\)"),
         ("dtype", r"parameter mix\.weight \(rank 0: '.*\) torch\.float32', rank 1: '.*\) torch\.bfloat16'\)"),
     ],
 )

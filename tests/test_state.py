@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
@@ -128,7 +129,7 @@ def load_for_another_model(rank: int, world_size: int, folder: Path) -> str:
     other.head = torch.nn.Linear(100, 3)
     resumed = VsaState()
     resumed.name_parameters(other.named_parameters())
-    with pytest.raises(Exception, match=r"hook\.scales\.mix\.weight") as error:
+    with pytest.raises(CheckpointException, match=r"hook\.scales\.mix\.weight") as error:
         dcp.load({"hook": resumed}, checkpoint_id=folder / "saved")
     return str(error.value)
 
