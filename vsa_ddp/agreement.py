@@ -19,7 +19,7 @@ def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
     An entry that is a dict may be long: it is sent only if digests of it differ, and its first difference is named.
     Raises: ValueError on every rank, naming each entry that differs with its values by rank of the group.
     """
-    long = {name: dict(sorted(entry.items())) for name, entry in mine.items() if isinstance(entry, dict)}
+    long = {name: entry for name, entry in mine.items() if isinstance(entry, dict)}
     everyone = _gather({**mine, **{name: _crc(entry) for name, entry in long.items()}}, group)
     differences = []
     for name in _differing(everyone):
@@ -44,8 +44,8 @@ def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def _differing(everyone: list[dict[str, Any]]) -> list[str]:
-    """Names of entries that are not the same on all ranks, sorted."""
-    names = sorted({name for theirs in everyone for name in theirs})
+    """Names of entries that are not the same on all ranks, in the order of the first rank that has them."""
+    names = {name: None for theirs in everyone for name in theirs}
     return [name for name in names if any(theirs.get(name) != everyone[0].get(name) for theirs in everyone)]
 
 
