@@ -31,6 +31,7 @@ ORDER = [
     "wires",
     "probe",
     "agreement",
+    "replicas",
     "state",
     "hook",
     "register",
@@ -40,7 +41,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register", "trainer"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "names", "state", "hook", "register", "trainer"}
 
 
 def rooms() -> list[tuple[str, Path]]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vsa_ddp import GradientPredictor, PhaseConfig, PredictionQuality
+from vsa_ddp.agreement import digest, fingerprint
 from vsa_ddp.config import PredictorName
-from vsa_ddp.predictor import digest, fingerprint
 
 METHODS = get_args(PredictorName)
 SHAPES = {"weight": (5, 7), "bias": (7,), "scale": ()}

@@ -106,7 +106,7 @@ def test_settings_that_sparsity_does_not_go_with_are_refused() -> None:
 
 
 def decoded_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list[str], float, float]:
-    """Digests of ten steps; cosine of the mean of 200 decoded gradients, of one batch, with plain DDP's; compression."""
+    """Digests of ten steps; cosine of the mean of 200 gradients of one batch with plain DDP's; compression."""
     plain, model = DDP(net()), DDP(net(), bucket_cap_mb=0.05)
     state = vsa_ddp.register(model, bundle=1, check_interval=0, **settings)
     loss_of(plain, 0, rank).backward()
@@ -127,7 +127,8 @@ def test_the_hook_is_unbiased_and_the_same_on_all_ranks_and_backends(tmp_path: P
     world_size = 4 if "ranks_per_node" in settings else 2
     ranks = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16})
     assert all(digests == ranks[0][0] for digests, *_ in ranks)
-    # noise 2.5 per rank and rounding, over 200 draws and the ranks: 0.02 at most
-    assert ranks[0][1] > 0.98
+    # noise over signal 2.7 of a rank, and of the second rounding 2.7 of all that comes before it, over 200 draws; ranks'
+    # gradients that partly cancel leave a mean weaker than its noise
+    assert ranks[0][1] > (0.95 if settings.get("wire") == "two_shot" else 0.98)
     torch_too = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16, "backend": "torch"})
     assert torch_too[0][0] == ranks[0][0]

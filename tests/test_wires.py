@@ -212,11 +212,12 @@ def test_bits_per_trit_are_those_of_theory(tmp_path: Path, wire: str, bits: dict
 def test_the_bytes_handed_over_are_the_formats(tmp_path: Path) -> None:
     gathered, reduced, shot = (run_ranks(traffic, 2, tmp_path, w, BLOCKS, None)[0][0] for w in WIRES.values())
     # 1639 bytes of trits, 16 of levels, 14 of scales, 44 of exact elements, each filled to a multiple of 8
-    assert gathered.wire_bytes == gathered.sent_bytes == 1640 + 16 + 16 + 48
+    seal = 16
+    assert gathered.wire_bytes == gathered.sent_bytes == seal + 1640 + 16 + 16 + 48
     # 27 digits to a lane; two floats per block, and the scales and exact elements, as float64
-    assert reduced.wire_bytes == 8 * -(-BLOCKS * BLOCK // 27) + 8 * (2 * BLOCKS + SCALES + EXACT)
+    assert reduced.wire_bytes == seal + 8 * -(-BLOCKS * BLOCK // 27) + 8 * (2 * BLOCKS + SCALES + EXACT)
     # a shard has half of it all, rounded up: two of them go out, and one comes back
-    shard = 824 + 8 + 8 + 24
+    shard = seal + 824 + 8 + 8 + 24
     assert (shot.wire_bytes, shot.sent_bytes) == (3 * shard, 2 * shard)
 
 

@@ -22,7 +22,7 @@ def unbiased_nmse(bundle: int, sparsity: int = 1) -> float:
 
 
 def gain(config: VsaConfig) -> float:
-    """What the decoder multiplies by: 1, or the factor of least squared error 1 / (1 + NMSE), 0.8098 / B of all trits."""
+    """What the decoder multiplies by: 1, or the factor of least squared error 1 / (1 + NMSE), 0.8098 / B."""
     return 1.0 if config.gain == "unbiased" else 1.0 / (1.0 + unbiased_nmse(config.bundle, config.sparsity))
 
 

@@ -24,8 +24,9 @@ class VsaConfig:
     bundle: int = 4
     """B, how many slots share one hypervector: about 20 * B times fewer bytes than float32."""
     sparsity: int = 1
-    """n: of every n trits the largest alone is sent, in 1 + log2 n bits for all n; a power of two up to 128. 1 sends all
-    of them, 1.6 bits each. For as many bytes less noise than a bundle: 16 sends as little as a bundle of 5."""
+    """n, a power of two up to 128: of every n trits the largest alone is sent, in 1 + log2 n bits. 1 sends all of them,
+    1.6 bits each. Half the noise of a bundle that sends as little: bundle=1 with sparsity=16 sends what bundle=5 does.
+    """
     wire: WireName = "all_gather"
     """How messages travel. "auto" takes what `advise` finds fastest for the number of ranks, the size of the model and
     the link, as stated in `link_gbit` or else measured at the first step, and logs why. "dense" compresses nothing and
@@ -52,6 +53,9 @@ class VsaConfig:
     """Steps between two measurements of the scales (also after steps 1, 2, 4, 8 ...)."""
     scale_decay: float = 0.9
     """Weight of the past in the scales' running mean."""
+    check_interval: int = 100
+    """Steps between two comparisons of the ranks' parameters, beside the one at the first step; 0 for none. If they
+    differ, every rank raises and names the first."""
     seed: int = 0
     """Seed of the keys."""
     backend: Backend = "auto"
@@ -64,6 +68,7 @@ class VsaConfig:
             ("exact_steps", 1, None),
             ("min_numel", 1, None),
             ("scale_interval", 1, None),
+            ("check_interval", 0, None),
             ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
@@ -86,8 +91,8 @@ class VsaConfig:
             )
         if block < 8 * self.sparsity:
             raise ValueError(
-                f"rotation_block must be at least 8 times the sparsity of {self.sparsity}, whose codes fill whole bytes "
-                f"by eights, got {block}."
+                f"rotation_block must be at least 8 times the sparsity of {self.sparsity}, since eights of block codes "
+                f"fill whole bytes, got {block}."
             )
         if not isinstance(self.scale_decay, float) or not 0.0 <= self.scale_decay < 1.0:
             raise ValueError(f"scale_decay must be a float in [0, 1), got {self.scale_decay!r}.")

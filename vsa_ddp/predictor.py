@@ -14,7 +14,6 @@ Source: the damped trend is Gardner and McKenzie 1985 (Management Science 31), d
 """
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -313,21 +312,6 @@ class GradientPredictor:
             if gradient.is_sparse or gradient.is_complex():
                 kind = "sparse" if gradient.is_sparse else str(gradient.dtype)
                 raise TypeError(f"the gradient of {name} is {kind}, which cannot be predicted; use dense, real ones.")
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """A number per tensor that depends on its bits and on nothing else: exact sums, in any order.
-
-    Shapes: (T,) int64.
-    """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
-
-
-def digest(sums_T: Tensor) -> int:
-    """Of `fingerprint`. The host waits for the device."""
-    return zlib.crc32(sums_T.cpu().numpy().tobytes())
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

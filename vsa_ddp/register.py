@@ -11,6 +11,7 @@ from torch.optim import ASGD, SGD, Optimizer, Rprop
 from vsa_ddp.codec import unbiased_nmse
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
+from vsa_ddp.names import averaged_parameters
 from vsa_ddp.sparse import NMSES
 from vsa_ddp.state import VsaState
 
@@ -74,7 +75,7 @@ def register(
     family = optimizer_family(optimizer)
     config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
     state = VsaState(ddp_model.process_group, config, mesh)
-    state.name_parameters(ddp_model.module.named_parameters())
+    state.name_parameters(averaged_parameters(ddp_model))
     ddp_model.register_comm_hook(state, vsa_hook)
     if family == "adam" and config.wire != "dense":
         factor = learning_rate_factor(config.bundle, config.sparsity)

@@ -63,14 +63,16 @@ def pack_codes(codes_TS: Tensor, sparsity: int) -> Tensor:
     Shapes: (T, S) uint8 -> (T, P) uint8, S a multiple of 8.
     """
     bits = code_bits(sparsity)
-    words = (codes_TS.unflatten(1, (-1, GROUP)).long() << torch.arange(GROUP, device=codes_TS.device) * bits).sum(2)
-    return words[..., None].view(torch.uint8)[..., :bits].flatten(1)
+    codes = codes_TS.view(len(codes_TS), codes_TS.shape[1] // GROUP, GROUP).long()
+    words_T1: Tensor = (codes << torch.arange(GROUP, device=codes.device) * bits).sum(2, keepdim=True)
+    return words_T1.view(torch.uint8)[..., :bits].flatten(1)
 
 
 def unpack_codes(packed_TP: Tensor, sparsity: int) -> Tensor:
     """The trits of rows. Shapes: (T, P) uint8 -> (T, K) float32 of {-1, 0, +1}."""
     bits, device = code_bits(sparsity), packed_TP.device
-    words = torch.nn.functional.pad(packed_TP.unflatten(1, (-1, bits)), (0, 8 - bits)).view(torch.int64)
+    groups = packed_TP.reshape(len(packed_TP), packed_TP.shape[1] // bits, bits)
+    words = torch.nn.functional.pad(groups, (0, 8 - bits)).view(torch.int64)
     codes_T1S = (words >> torch.arange(GROUP, device=device) * bits & 2 * sparsity - 1).flatten(1)[:, None]
     sign_T1S = 1 - 2 * (codes_T1S >= sparsity).float()
     here_TnS = codes_T1S % sparsity == torch.arange(sparsity, device=device)[:, None]

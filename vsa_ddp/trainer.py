@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vsa_ddp.agreement import StepAgreement, check_agreement
+from vsa_ddp.agreement import StepAgreement, check_agreement, digest, fingerprint
 from vsa_ddp.config import PhaseConfig
+from vsa_ddp.names import averaged_parameters, describe
 from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo
-from vsa_ddp.predictor import GradientPredictor, digest, fingerprint
+from vsa_ddp.predictor import GradientPredictor
 from vsa_ddp.stats import PhaseStats
 from vsa_ddp.version import __version__
 from vsa_ddp.wires import make_cpu_twin
@@ -111,17 +111,11 @@ class PhasedTrainer:
         self.optimizer = optimizer
         self.scaler = scaler
         self.schedule = PhaseSchedule(self.config)
-        ignored: set[str] = getattr(model, "parameters_to_ignore", set())
-        self._parameters = {
-            name.replace("_orig_mod.", ""): p
-            for name, p in model.module.named_parameters()
-            if p.requires_grad and name not in ignored  # those have gradients of this rank alone
-        }
+        self._parameters = {name.replace("_orig_mod.", ""): p for name, p in averaged_parameters(model)}
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
         self._ddp = model
         self._dense_bytes = sum(p.nbytes for p in self._parameters.values())
-        names = zlib.crc32(repr([(name, tuple(p.shape)) for name, p in self._parameters.items()]).encode())
-        mine = {**vars(self.config), "digest of parameter names": names, "version": __version__}
+        mine = {**vars(self.config), "parameter": describe(self._parameters.items()), "version": __version__}
         check_agreement(mine, model.process_group)
         self._agreement = StepAgreement(make_cpu_twin(model.process_group))
         self._seconds = {phase.value: 0.0 for phase in Phase}
