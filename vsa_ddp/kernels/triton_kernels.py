@@ -249,6 +249,7 @@ def _arrived(received: Received) -> tuple[tuple[Any, ...], dict[str, int]]:
         return ((None, None, lanes_TL, levels_T), received.num_ranks), _of_lanes(received.shape[1], received.num_ranks)
     levels, shared_T = (received.levels, None) if received.levels.dim() == 2 else (None, received.levels.contiguous())
     strides = (0, 0) if levels is None else levels.stride()
+    assert received.packed_WTP[0].is_contiguous()
     packets = received.packed_WTP, received.packed_WTP.stride(0), levels, *strides
     return ((None, packets, None, shared_T), len(received.packed_WTP)), no_lanes
 
