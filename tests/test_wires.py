@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import lockstep
 from tests.ranks import run_ranks
 from vsa_ddp.hypervector import rotate, unpack_keys
-from vsa_ddp.kernels import TorchKernels
+from vsa_ddp.kernels import TorchKernels, load_kernels
 from vsa_ddp.stats import ByteCounter, Totals
 from vsa_ddp.ternary import dequantize, level, quantize
 from vsa_ddp.wires import WIRES, AllGather, AllReduce, Courier, Mean, Message, Rounds, TwoShot, Wire
@@ -159,6 +160,19 @@ def test_with_a_shared_sigma_the_order_of_the_ranks_changes_no_bit(tmp_path: Pat
         for name in ("rows", "sigma_T", "scales_S"):
             values = [getattr(m[bucket], name) for m in (reduced, gathered, reduced_again, gathered_again)]
             assert all(torch.equal(value, values[0]) for value in values), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7])
+def test_every_backend_finds_the_same_mean_however_few_rows_a_rank_has(world_size: int, blocks: int) -> None:
+    for wire in ALL:
+        means = []
+        for kernels in (TorchKernels(), load_kernels("numba", torch.device("cpu"))):
+            messages = [
+                replace(message(rank, torch.float32, blocks=blocks), kernels=kernels) for rank in range(world_size)
+            ]
+            means.append(kernels.mean(lockstep.exchange(wire, messages, ByteCounter()).rows))
+        assert torch.equal(*means), wire
 
 
 def uneven(rank: int, world_size: int) -> list[list[Mean]]:

@@ -58,7 +58,7 @@ class Packed:
     """The mean of the ranks' rows, from the trits of each."""
 
     packed_WTP: Tensor
-    """uint8; may be a view with gaps between the ranks."""
+    """uint8; may be a view with gaps between the ranks, but not between the rows."""
     levels: Tensor
     """The value of trit +1 in each row: each rank's own (W, T), bfloat16; or one for all (T,), float32: then what is
     summed are integers."""

@@ -584,6 +584,7 @@ def _arrived(received: Received) -> tuple[Any, ...]:
         w = received.num_ranks
         return _NO_ROWS, _NO_PACKETS, received.lanes_TL.numpy(), digits_per_lane(w), received.levels_T.numpy(), w
     (w, num_rows, num_bytes), stride = received.packed_WTP.shape, received.packed_WTP.stride(0)
+    assert received.packed_WTP[0].is_contiguous()
     flat = received.packed_WTP.as_strided(((w - 1) * stride + num_rows * num_bytes if num_rows else 0,), (1,))
     levels = received.levels.float()
     own, shared = (_floats(w, num_rows).fill_(1), levels.numpy()) if levels.dim() == 1 else (levels, _NONE)

@@ -297,6 +297,7 @@ def _arrived(received: Received) -> tuple[tuple[Any, ...], dict[str, int]]:
         return ((None, None, lanes_TL, levels_T), received.num_ranks), lanes
     levels, shared_T = (received.levels, None) if received.levels.dim() == 2 else (None, received.levels.contiguous())
     strides = (0, 0) if levels is None else levels.stride()
+    assert received.packed_WTP[0].is_contiguous()
     packets = received.packed_WTP, received.packed_WTP.stride(0), levels, *strides
     codes = {**no_lanes, "BITS": code_bits(received.sparsity) if received.sparsity > 1 else 0}
     return ((None, packets, None, shared_T), len(received.packed_WTP)), codes
