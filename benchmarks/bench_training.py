@@ -357,6 +357,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Digits, 40 steps, four methods, one seed; printed.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every suite, or those named.")] = False,
     suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method, as the tables name it; may be repeated.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
     hours: Annotated[float, typer.Option(min=0, help="Begin no run after so long.")] = 1000.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
@@ -365,11 +368,12 @@ def main(
     """Compare what every method loses for the bytes it saves."""
     if quick + full + rebuild != 1:
         raise typer.BadParameter("choose one of --quick, --full and --report.")
-    if unknown := set(suite or ()) - SUITES.keys():
-        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    for asked, known in ((suite, list(SUITES)), (method, list(METHODS))):
+        if unknown := [name for name in asked or () if name not in known]:
+            raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(known)}.")
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
-        suites = [SUITES[name] for name in suite or SUITES]
+        suites = [replace(SUITES[name], methods=tuple(method or SUITES[name].methods)) for name in suite or SUITES]
         work(store, partial(plan, suites), run, lambda t: f"{t.method} {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         base = SUITES["sgd-digits"]

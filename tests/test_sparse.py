@@ -127,8 +127,8 @@ def test_the_hook_is_unbiased_and_the_same_on_all_ranks_and_backends(tmp_path: P
     world_size = 4 if "ranks_per_node" in settings else 2
     ranks = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16})
     assert all(digests == ranks[0][0] for digests, *_ in ranks)
-    # noise over signal 2.7 of a rank, and of the second rounding 2.7 of all that comes before it, over 200 draws; ranks'
-    # gradients that partly cancel leave a mean weaker than its noise
+    # noise over signal 2.7 of a rank, and of the second rounding 2.7 of all that comes before it, over 200 draws; and
+    # ranks' gradients that partly cancel leave a mean weaker than its noise
     assert ranks[0][1] > (0.95 if settings.get("wire") == "two_shot" else 0.98)
     torch_too = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16, "backend": "torch"})
     assert torch_too[0][0] == ranks[0][0]
