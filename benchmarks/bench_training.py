@@ -32,7 +32,7 @@ from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
-from benchmarks.workers import work
+from benchmarks.workers import check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
@@ -356,10 +356,7 @@ def main(
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild page and plots.")] = False,
 ) -> None:
     """Compare what every method loses for the bytes it saves."""
-    if quick + full + rebuild != 1:
-        raise typer.BadParameter("choose one of --quick, --full and --report.")
-    if unknown := set(suite or ()) - SUITES.keys():
-        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    check_options(quick, full, rebuild, suite or (), SUITES)
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
         suites = [SUITES[name] for name in suite or SUITES]
