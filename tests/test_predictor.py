@@ -336,9 +336,14 @@ def test_sparse_and_complex_gradients_are_refused() -> None:
         predictor.record_gradient({"bias": torch.ones(7, dtype=torch.complex64)})
 
 
-def test_nothing_can_be_predicted_from_nothing() -> None:
+def test_without_a_history_zeros_are_predicted_and_nothing_is_compared() -> None:
+    parameters = {"half": torch.ones(4, dtype=torch.bfloat16), "single": torch.ones(3, 2)}
+    predictor = GradientPredictor(parameters.items())
+    assert not predictor.record_gradient({"half": torch.full((4,), math.inf, dtype=torch.bfloat16)})
+    predicted = predictor.predict_gradient(scale=2.0)
+    assert all(torch.equal(predicted[n], p - 1) and predicted[n].dtype == p.dtype for n, p in parameters.items())
     with pytest.raises(ValueError, match="no gradient to predict from"):
-        make().predict_gradient()
+        predictor.compute_correction(parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

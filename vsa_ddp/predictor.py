@@ -112,9 +112,11 @@ class GradientPredictor:
     def predict_gradient(self, *, step: int | None = None, scale: float = 1.0) -> Gradients:
         """The gradient of this step as the history has it, times `scale`: new tensors, in the parameters' dtypes.
 
-        Raises: ValueError while the history is empty.
+        Zeros for all parameters while the history is empty: so it may be where the first gradient was not finite.
         """
         now = self._now(step)
+        if not self.num_recorded:
+            return {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         names = self._present
         weights = [scale * w for w in self._coefficients(now)]
         if not names:

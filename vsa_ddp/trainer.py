@@ -203,10 +203,8 @@ class PhasedTrainer:
     def _predict(self, info: StepInfo) -> None:
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=next(iter(self._parameters.values())).device))  # it starts lazily
-        if self.predictor.num_recorded:
-            predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
-        else:  # the only gradient so far was not finite, which the schedule hears a step later
-            predicted = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        # zeros if the only gradient so far was not finite, which the schedule hears a step later
+        predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
         for name, p in self._parameters.items():
             p.grad = predicted.get(name)
         self._measuring.bits = fingerprint(predicted.values())
