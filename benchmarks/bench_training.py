@@ -32,7 +32,7 @@ from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
-from benchmarks.workers import work
+from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
@@ -366,11 +366,8 @@ def main(
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild page and plots.")] = False,
 ) -> None:
     """Compare what every method loses for the bytes it saves."""
-    if quick + full + rebuild != 1:
-        raise typer.BadParameter("choose one of --quick, --full and --report.")
-    for asked, known in ((suite, list(SUITES)), (method, list(METHODS))):
-        if unknown := [name for name in asked or () if name not in known]:
-            raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(known)}.")
+    check_options(quick, full, rebuild, suite or (), SUITES)
+    check_names(method or (), METHODS)
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
         suites = [replace(SUITES[name], methods=tuple(method or SUITES[name].methods)) for name in suite or SUITES]
