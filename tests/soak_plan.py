@@ -252,12 +252,13 @@ class Fault(NamedTuple):
 FAULTS = {
     "batches of other sizes": Fault(0.2, other_sizes),
     "a late rank": Fault(0.03, late),
-    "nan": Fault(0.01, one_element(math.nan)),
-    "inf": Fault(0.01, one_element(math.inf)),
     "1e38": Fault(0.01, all_elements(1e38)),
     "denormals": Fault(0.02, all_elements(1e-42)),
     "zeros on one rank": Fault(0.02, all_elements(0.0)),
     "zeros on all ranks": Fault(0.01, all_elements(0.0, everywhere=True)),
+    # After what overwrites whole gradients
+    "nan": Fault(0.01, one_element(math.nan)),
+    "inf": Fault(0.01, one_element(math.inf)),
     "accumulation": Fault(0.1, accumulation),
     "unused parameters": Fault(0.3, unused, lambda life, number: life.find_unused),
     "a forward pass alone": Fault(0.05, idle_forwards),

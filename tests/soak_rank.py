@@ -271,9 +271,9 @@ def usage() -> dict[str, int]:
     """What this process holds now."""
     gc.collect()
     objects = gc.get_objects()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())  # shared with files: code
     return {
-        "resident KiB": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        "resident KiB": (resident - shared) * os.sysconf("SC_PAGE_SIZE") // 1024,
         "objects": len(objects),
         "tensors": sum(issubclass(type(thing), Tensor) for thing in objects),
         "threads": len(os.listdir("/proc/self/task")),
