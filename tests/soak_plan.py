@@ -36,7 +36,7 @@ class Soak:
     timeout: float = 30.0
     """Of the process groups, in seconds."""
     life_steps: int = 500
-    """A life has once, twice, four or eight times as many, and up to `checkpoint_every` more."""
+    """A life has once, twice or four times as many, and up to `checkpoint_every` more."""
     checkpoint_every: int = 100
     measure_every: int = 25
     intensity: float = 1.0
@@ -112,7 +112,7 @@ def lives(soak: Soak) -> Iterator[Life]:
 
 
 def _draw_life(soak: Soak, draw: Random, number: int, start: int) -> Life:
-    length = soak.life_steps * draw.choice((1, 2, 4, 8)) + draw.randrange(soak.checkpoint_every)
+    length = soak.life_steps * draw.choice((1, 1, 2, 4)) + draw.randrange(soak.checkpoint_every)
     world_size = draw.randint(2, soak.ranks)
     return Life(
         number=number,
@@ -124,7 +124,7 @@ def _draw_life(soak: Soak, draw: Random, number: int, start: int) -> Life:
         world_size=world_size,
         settings=draw.choice([s for s in WIRES if "ranks_per_node" not in s or world_size == 4]),
         find_unused=draw.random() < 0.5,
-        adapt=draw.choice((None, None, "gate", "trend", "none")),
+        adapt=draw.choice((None, None, None, "gate", "trend", "none")),
     )
 
 
