@@ -19,6 +19,8 @@ WIRES: list[dict[str, Any]] = [
     {"wire": "two_shot"},
     {"wire": "all_gather", "ranks_per_node": 2},
     {"wire": "two_shot", "ranks_per_node": 2},
+    {"wire": "all_gather", "bundle": 1, "sparsity": 16},
+    {"wire": "two_shot", "bundle": 1, "sparsity": 16},
 ]
 CRASHES = ("raise", "kill", "stall")
 """A rank raises inside backward and its process ends; is killed there; or stops there and does nothing any more."""
@@ -91,7 +93,7 @@ class Life:
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def __str__(self) -> str:
-        words = [" ".join(map(str, self.settings.values())), f"{self.world_size} ranks"]
+        words = [" ".join(f"{name}={value}" for name, value in self.settings.items()), f"{self.world_size} ranks"]
         words += ["find_unused_parameters"] if self.find_unused else []
         words += [f"phases, {self.adapt}"] if self.adapt else []
         return f"life {self.number}: {', '.join(words)}"
