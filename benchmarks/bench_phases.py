@@ -30,7 +30,7 @@ from benchmarks.bench_training import diverged, rank_orders, score
 from benchmarks.phase_methods import METHODS, PhasedRun
 from benchmarks.store import Record, Results, Store, page_head
 from benchmarks.tasks import TASKS
-from benchmarks.workers import work
+from benchmarks.workers import check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 
@@ -269,10 +269,7 @@ def main(
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page.")] = False,
 ) -> None:
     """Compare what backward passes, predicted steps and other ways to skip them are worth."""
-    if quick + full + rebuild != 1:
-        raise typer.BadParameter("choose one of --quick, --full and --report.")
-    if unknown := set(suite or ()) - SUITES.keys():
-        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    check_options(quick, full, rebuild, suite or (), SUITES)
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
         suites = [SUITES[name] for name in suite or SUITES]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,7 +32,7 @@ from benchmarks.lockstep import LockstepHook, Shapes
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
-from benchmarks.workers import work
+from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
@@ -45,6 +45,7 @@ METHODS = (
     "dense",
     "bf16",
     *(f"vsa {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
+    *(f"sparse {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     "terngrad",
     "drive",
@@ -53,7 +54,7 @@ METHODS = (
     *(f"local {period}" for period in (20, 80, 320, 1280)),
     "alone",
 )
-"""With their bundle, rank or steps between averages. "alone": no communication at all."""
+"""With their bundle, sparsity, rank or steps between averages. "alone": no communication at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,17 @@ SUITES = {
 # Running
 
 
+def family(trial: Trial) -> dict[str, Any]:
+    """Settings that `register` chooses by the optimizer."""
+    return FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
+
+
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, _, number = trial.method.partition(" ")
     if name == "vsa":
-        family = FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
-        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family))
+        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family(trial)))
+    if name == "sparse":
+        return LockstepHook(shapes, VsaConfig(bundle=1, sparsity=int(number), seed=trial.seed, **family(trial)))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     kinds = {
@@ -236,8 +243,8 @@ def score(run: Record) -> float:
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for ours with AdamW; the dense rate for all others."""
     name, _, number = method.partition(" ")
-    if name == "vsa" and suite.optimizer == "adamw":
-        return suite.base_lr * learning_rate_factor(int(number))
+    if name in ("vsa", "sparse") and suite.optimizer == "adamw":
+        return suite.base_lr * learning_rate_factor(*((int(number),) if name == "vsa" else (1, int(number))))
     return suite.base_lr
 
 
@@ -350,19 +357,20 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Digits, 40 steps, four methods, one seed; printed.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every suite, or those named.")] = False,
     suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method, as the tables name it; may be repeated.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
     hours: Annotated[float, typer.Option(min=0, help="Begin no run after so long.")] = 1000.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild page and plots.")] = False,
 ) -> None:
     """Compare what every method loses for the bytes it saves."""
-    if quick + full + rebuild != 1:
-        raise typer.BadParameter("choose one of --quick, --full and --report.")
-    if unknown := set(suite or ()) - SUITES.keys():
-        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(SUITES)}.")
+    check_options(quick, full, rebuild, suite or (), SUITES)
+    check_names(method or (), METHODS)
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
-        suites = [SUITES[name] for name in suite or SUITES]
+        suites = [replace(SUITES[name], methods=tuple(method or SUITES[name].methods)) for name in suite or SUITES]
         work(store, partial(plan, suites), run, lambda t: f"{t.method} {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         base = SUITES["sgd-digits"]

@@ -17,6 +17,7 @@ from vsa_ddp.state import VsaState
 from vsa_ddp.stats import ByteCounter
 from vsa_ddp.wires import WIRES, Mean, Message, Wire
 from vsa_ddp.wires.link import Link
+from vsa_ddp.wires.seal import NOTHING, Inspection
 
 CPU = torch.device("cpu")
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -30,17 +31,17 @@ class LockstepLink(Link):
         self.world_size = world_size
         self._counter = counter
         self._is_local = False
+        self._subject = NOTHING
+        self._inspection = Inspection()
         self.handed: list[tuple[str, Tensor, Tensor]] = []
         """Collective, what was handed over, where to put what comes of it."""
 
-    def all_gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
-        self._count(packet_P.nbytes, packet_P.nbytes * (self.world_size - 1))
+    def _gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
         out_WP = packet_P.new_empty(self.world_size, *packet_P.shape)
         self.handed.append(("all_gather", packet_P, out_WP))
         return Future(), out_WP
 
-    def all_to_all(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
-        self._count(packets_WP.nbytes, packets_WP.nbytes * (self.world_size - 1) // self.world_size)
+    def _exchange(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
         out_WP = torch.empty_like(packets_WP)
         self.handed.append(("all_to_all", packets_WP, out_WP))
         return Future(), out_WP
@@ -111,7 +112,7 @@ class LockstepHook:
         sigma_T = state.sigma.of(codec.layout, CPU) if self._wire.shared_sigma else None
         fresh = codec.fresh_keys(step) if self._wire.fresh_keys else None
         messages = [
-            Message(codec.kernels, *codec.encode(g_N, keys), scales_S, sigma_T, fresh)
+            Message(codec.kernels, *codec.encode(g_N, keys), scales_S, sigma_T, fresh, state.config.sparsity)
             for g_N, scales_S in zip(gradient_WN, scales, strict=True)
         ]
         mean = exchange(self._wire, messages, self.counter)

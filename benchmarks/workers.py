@@ -1,16 +1,30 @@
-"""Runs of a benchmark in several processes at a time, planned anew as each ends."""
+"""Long benchmarks: what they are asked for, and runs in several processes at a time, planned anew as each ends."""
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TypeVar
 
+import typer
 from tqdm import tqdm
 
 from benchmarks.store import Record, Store
 
 Trial = TypeVar("Trial")
+
+
+def check_options(quick: bool, full: bool, rebuild: bool, wanted: Iterable[str], suites: Collection[str]) -> None:
+    """Raises: typer.BadParameter unless one of the three is asked for, and suites that there are."""
+    if quick + full + rebuild != 1:
+        raise typer.BadParameter("choose one of --quick, --full and --report.")
+    check_names(wanted, suites)
+
+
+def check_names(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raises: typer.BadParameter for one that does not exist."""
+    if unknown := [name for name in wanted if name not in known]:
+        raise typer.BadParameter(f"there is no {', '.join(unknown)}; choose from {', '.join(known)}.")
 
 
 def work(

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.test_kernels import passes
+from tests.test_kernels import passes, sparse_passes
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels.triton_kernels import TritonKernels
 
@@ -41,6 +41,8 @@ def main() -> None:
     JITFunction.run = compile_only
     for dtype in (torch.float32, torch.bfloat16):
         passes(TritonKernels(), VsaConfig(), dtype)
+    for sparsity in (2, 16, 128):
+        sparse_passes(TritonKernels(), VsaConfig(sparsity=sparsity))
     print(*sorted(names))
 
 

@@ -17,6 +17,7 @@ ORDER = [
     "hypervector",
     "whitening",
     "ternary",
+    "sparse",
     "packing",
     "trits",
     "archive",
@@ -30,6 +31,7 @@ ORDER = [
     "wires",
     "probe",
     "agreement",
+    "replicas",
     "state",
     "hook",
     "register",
@@ -39,7 +41,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "state", "hook", "register", "trainer"}
+MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "names", "state", "hook", "register", "trainer"}
 
 
 def rooms() -> list[tuple[str, Path]]:

@@ -63,7 +63,7 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
             for size in (2_000_000, 10_000_000):
                 for method, bundle, mib in bench_wire.METHODS:
                     record = {"hosts": hosts, "mbit": mbit, "num_parameters": size, "method": method, "bundle": bundle}
-                    records.append({**record, "bucket_mib": mib, "median_ms": 10.0 * hosts})
+                    records.append({**record, "bucket_mib": mib, "median_ms": 10.0 * hosts, "step_ms": [10.0 * hosts]})
     fit = bench_wire.Fit(records, 1.0)
     fit.unknowns[:] = [constants[name] for name in fit.UNKNOWNS]
     for record in fit.usable():

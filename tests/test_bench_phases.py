@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from benchmarks import bench_phases, bench_training
 from benchmarks.bench_phases import (
@@ -152,3 +153,12 @@ def test_a_page_has_every_method_that_ran() -> None:
 def test_the_committed_page_is_what_its_runs_give() -> None:
     results = json.loads(bench_phases.RESULTS.read_text())
     assert bench_phases.RESULTS.with_suffix(".md").read_text() == bench_phases.report(results)
+
+
+@pytest.mark.parametrize("benchmark", [bench_phases, bench_training])
+def test_options_that_say_nothing_or_too_much_are_named(benchmark: Any) -> None:
+    for modes in ({}, {"quick": True, "full": True}, {"full": True, "rebuild": True}):
+        with pytest.raises(typer.BadParameter, match="choose one of --quick, --full and --report"):
+            benchmark.main(**modes)
+    with pytest.raises(typer.BadParameter, match=r"there is no chess; choose from .*digits"):
+        benchmark.main(full=True, suite=[*benchmark.SUITES, "chess"])

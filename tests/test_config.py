@@ -34,7 +34,7 @@ def test_a_setting_out_of_bounds_is_named(setting: str, value: object, rule: str
 
 
 def test_an_unknown_setting_is_named_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"unknown setting bundel; the settings are bundle, wire"):
+    with pytest.raises(ValueError, match=r"unknown setting bundel; the settings are bundle, sparsity, wire"):
         VsaConfig.from_settings({"bundel": 4})
 
 

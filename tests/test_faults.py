@@ -199,6 +199,59 @@ def test_a_checkpoint_loaded_on_some_ranks_only_is_named(tmp_path: Path) -> None
         assert "step (rank 0: 0, rank 1: 3)" in message
 
 
+def different_models(rank: int, world_size: int, kind: str) -> tuple[str, str]:
+    model = net()
+    if rank == 1 and kind == "name":
+        layer = model.mix
+        del model.mix
+        model.mixing, model.mix = layer, layer.forward
+    elif rank == 1:
+        model.mix.bfloat16()
+    ddp = DDP(model, init_sync=False)
+    state = VsaState()
+    state.name_parameters(ddp.module.named_parameters())
+    ddp.register_comm_hook(state, vsa_hook)
+    return error_of(lambda: ddp(torch.ones(2, 4, 16)).sum().backward()) if kind == "name" else begin(ddp, state)
+
+
+def begin(ddp: DDP, state: VsaState) -> tuple[str, str]:
+    """The hook on a bucket of the parameters as they are: backward would stop at mixed dtypes before it."""
+    buffer = torch.zeros(sum(p.numel() for p in ddp.module.parameters()))
+    return error_of(lambda: state._meet(dist.group.WORLD, buffer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("name", r"parameter mix\.weight \(rank 0: 'number \d+, \(96, 96\) torch\.float32', rank 1: 'absent'\)"),
+        ("dtype", r"parameter mix\.weight \(rank 0: '.*\) torch\.float32', rank 1: '.*\) torch\.bfloat16'\)"),
+    ],
+)
+def test_models_that_differ_are_named_by_parameter(tmp_path: Path, kind: str, text: str) -> None:
+    for error, message in run_ranks(different_models, 2, tmp_path, kind, seconds=20):
+        assert error == "ValueError"
+        assert re.search(text, message), message
+
+
+def different_scales(rank: int, world_size: int) -> tuple[str, str]:
+    model = DDP(net())
+    state = vsa_ddp.register(model)
+    for step in range(3):
+        loss_of(model, step, rank).backward()
+    saved = state.state_dict()
+    if rank == 1:
+        saved["scales"]["mix.weight"]["col"][5] *= 2
+    resumed = DDP(net())
+    vsa_ddp.register(resumed).load_state_dict(saved)
+    return error_of(lambda: loss_of(resumed, 3, rank).backward())
+
+
+def test_different_checkpoints_of_one_step_are_named(tmp_path: Path) -> None:
+    for kind, message in run_ranks(different_scales, 2, tmp_path, seconds=20):
+        assert kind == "ValueError"
+        assert re.search(r"loaded scales of mix\.weight by col \(rank 0: \d+, rank 1: \d+\)", message), message
+
+
 def peer_dies(rank: int, world_size: int, settings: dict[str, Any]) -> str:
     model = DDP(net(), bucket_cap_mb=0.05)
     vsa_ddp.register(model, **settings)

@@ -61,6 +61,28 @@ def passes(
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
+def sparse_passes(kernels: Kernels, config: VsaConfig, device: torch.device = CPU) -> dict[str, Tensor]:
+    """The passes of block codes, from rows with ties and zeros in them and from a gradient."""
+    n, block = config.sparsity, config.rotation_block
+    layout = plan_bucket((("weight", (70, 129)),), config)
+    gradient_N = torch.randn(70 * 129, generator=torch.Generator().manual_seed(0)).to(device)
+    bucket = kernels.for_bucket(layout, 0, device)
+    keys = bucket.keys(1)
+    y_TK = bucket.encode(gradient_N, None, keys)
+    rows = Gradient(bucket, gradient_N, None, keys, (len(y_TK), block))
+    found: dict[str, Tensor] = {}
+    for name, source in (("gradient", rows), ("floats", y_TK), ("ties", y_TK.sign() * (y_TK.abs() > 1))):
+        packed, energy, kept = kernels.quantize_sparsely(source, n)
+        found |= {f"packed {name}": packed, f"energy of {name}": energy, f"kept of {name}": kept}
+    packets = torch.stack([found[f"packed {name}"] for name in ("gradient", "ties", "floats")])
+    with_gaps = torch.cat([packets.flatten(1), packets.flatten(1)[:, :7]], 1)[:, : packets[0].numel()].view_as(packets)
+    levels_T = level(found["energy of gradient"], found["kept of gradient"])
+    mean = Packed(with_gaps, torch.stack([levels_T, levels_T.flip(0), levels_T]).bfloat16(), rows.shape, n)
+    found["mean"], found["decoded"] = kernels.mean(mean), torch.full_like(gradient_N, -7)
+    bucket.decode_(found["decoded"], None, keys, mean, 0.7)
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
 @contextmanager
 def threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -84,6 +106,12 @@ def test_numba_has_the_bits_of_torch(bundle: int, block: int, num_ranks: int) ->
     config = VsaConfig(bundle=bundle, rotation_block=block)
     numba = passes(load_kernels("numba", CPU), config, num_ranks=num_ranks)
     assert_same(numba, passes(TorchKernels(), config, num_ranks=num_ranks))
+
+
+@pytest.mark.parametrize(("block", "sparsity"), [(128, 2), (128, 16), (512, 64), (1024, 4), (1024, 8), (2048, 128)])
+def test_numba_has_the_block_codes_of_torch(block: int, sparsity: int) -> None:
+    config = VsaConfig(bundle=2, rotation_block=block, sparsity=sparsity)
+    assert_same(sparse_passes(load_kernels("numba", CPU), config), sparse_passes(TorchKernels(), config))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

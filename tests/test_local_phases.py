@@ -94,6 +94,30 @@ def test_a_loss_that_is_not_finite_and_gradients_that_are_none_do_not_enter() ->
     assert set(phases.predictor.state_dict()["present"]) == {"weight"}
 
 
+def test_zeros_are_predicted_while_there_is_no_gradient() -> None:
+    config = PhaseConfig(warmup_steps=0, full_steps=1, predict_steps=3, predictor="last", adapt="none")
+    phases, model = make(PhaseTrainer, config)
+    assert phases.begin_step().phase == "full"
+    phases.end_step(float("inf"))  # the loop has left this batch out
+    assert phases.begin_step().phase == "predict"
+    predicted = phases.get_predicted_gradients()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(predicted[name], torch.zeros_like(parameter))
+    phases.end_step(0.0)
+
+
+def test_a_gradient_that_is_not_finite_is_asked_for_again() -> None:
+    config = PhaseConfig(warmup_steps=0, full_steps=1, predict_steps=3, predictor="last", adapt="none")
+    phases, _ = make(PhaseTrainer, config)
+    found = []
+    for value in (float("inf"), float("nan"), 1.0):
+        found.append(str(phases.begin_step().phase))
+        phases.record_full_gradients({"weight": torch.full((1, 8), value)})
+        phases.end_step(1.0)
+    assert found == ["full"] * 3
+    assert phases.current_phase == "predict"
+
+
 def test_the_deterministic_predictor_fits_a_line_exactly() -> None:
     parameters = [("w", torch.zeros(5))]
     predictor = DeterministicPredictor(parameters, PhaseConfig(predictor="last"))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
@@ -83,6 +85,108 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_every_wire(tmp_path: Path,
     options = {"bucket_cap_mb": 0.1}
     for whole, resumed, *_ in run_ranks(resume, 4, tmp_path, tmp_path, True, options, settings):
         assert whole == resumed
+
+
+def resume_by_dcp(rank: int, world_size: int, folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    model, optimizer, state = start(True, {"bucket_cap_mb": 0.05}, settings)
+    steps(model, optimizer, rank, 0, 7)
+    parts = {"model": model.module, "hook": state}
+    dcp.save({name: part.state_dict() for name, part in parts.items()}, checkpoint_id=folder / "by hand")
+    dcp.save(parts, checkpoint_id=folder / "stateful")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    steps(model, optimizer, rank, 7, 14)
+
+    digests = []
+    for kind in ("by hand", "stateful"):
+        resumed, resumed_optimizer, resumed_state = start(True, {"bucket_cap_mb": 0.1}, settings)
+        resumed_parts: dict[str, Any] = {"model": resumed.module, "hook": resumed_state}
+        if kind == "by hand":
+            target = {name: part.state_dict() for name, part in resumed_parts.items()}
+            dcp.load(target, checkpoint_id=folder / kind)
+            for name, part in resumed_parts.items():
+                part.load_state_dict(target[name])
+        else:
+            dcp.load(resumed_parts, checkpoint_id=folder / kind)
+        assert resumed_state.step == 7
+        steps(resumed, resumed_optimizer, rank, 7, 14)
+        digests.append(digest(resumed.parameters()))
+    assert digests[0] == digests[1]
+    return digest(model.parameters()), digests[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"wire": "all_reduce", "whiten": False}, {"wire": "auto", "link_gbit": 1.0}])
+def test_torchs_distributed_checkpoint_resumes_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    for whole, resumed in run_ranks(resume_by_dcp, 2, tmp_path, tmp_path, settings):
+        assert whole == resumed
+
+
+def load_for_another_model(rank: int, world_size: int, folder: Path) -> str:
+    model, optimizer, state = start(True, {})
+    steps(model, optimizer, rank, 0, 2)
+    dcp.save({"hook": state}, checkpoint_id=folder / "saved")
+    other = net()
+    other.mix = torch.nn.Linear(96, 100, bias=False)
+    other.head = torch.nn.Linear(100, 3)
+    resumed = VsaState()
+    resumed.name_parameters(other.named_parameters())
+    with pytest.raises(CheckpointException, match=r"hook\.scales\.mix\.weight") as error:
+        dcp.load({"hook": resumed}, checkpoint_id=folder / "saved")
+    return str(error.value)
+
+
+def test_torchs_distributed_checkpoint_of_another_model_names_what_differs(tmp_path: Path) -> None:
+    run_ranks(load_for_another_model, 1, tmp_path, tmp_path)
+
+
+def continue_at(rank: int, world_size: int, file: Path) -> tuple[int, str, float]:
+    """Five more steps at another world size, on the data of one rank. Returns step, bits and the last loss."""
+    model, optimizer, state = start(True, {"bucket_cap_mb": 0.1})
+    saved = torch.load(file, weights_only=True)
+    model.module.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    state.load_state_dict(saved["hook"])
+    steps(model, optimizer, rank, 7, 12)
+    return state.step, digest(model.parameters()), loss_of(model, 0, 0).item()
+
+
+def test_a_run_goes_on_at_another_world_size(tmp_path: Path) -> None:
+    run_ranks(resume, 2, tmp_path, tmp_path, True, {}, {})
+    for world_size in (1, 3, 4):
+        ranks = run_ranks(continue_at, world_size, tmp_path, tmp_path / "0.pt")
+        assert len(set(ranks)) == 1
+        assert ranks[0][0] == 12
+        assert ranks[0][2] < 2.0
+
+
+def grown(seed: int = 0) -> torch.nn.Module:
+    """The net with a layer more, and one of another name."""
+    model = net(seed)
+    model.late = torch.nn.Linear(64, 64)
+    model.hidden_renamed = model.hidden
+    del model.hidden
+    return model
+
+
+def test_added_and_renamed_parameters_begin_anew_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = run_ranks(a_saved_state, 1, tmp_path)[0]
+    state = VsaState()
+    state.name_parameters(grown().named_parameters())
+    with pytest.raises(ValueError, match=r"hidden\.weight is \(96, 256\) there and absent here\. With strict=False"):
+        state.load_state_dict(saved)
+    with caplog.at_level(logging.WARNING):
+        state.load_state_dict(saved, strict=False)
+    (said,) = caplog.messages
+    assert said.startswith("not in the model: hidden.weight, hidden.bias; begin anew: late.weight, late.bias, hidden_")
+    loaded = state.state_dict()
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["scales"]["mix.weight"]["row"], saved["scales"]["mix.weight"]["row"])
+    assert not loaded["scales"]["hidden_renamed.weight"]["row"].any()
+    assert "hidden.weight" not in loaded["scales"]
+
+
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not what VsaState\.state_dict gives: it has no chosen_wire, scales"):
+        VsaState().load_state_dict(net().state_dict())
 
 
 def a_saved_state(rank: int, world_size: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Real ranks: the same phases and bits on all of them whatever each sees, and an error on all where they part."""
 
 import contextlib
+import copy
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -327,7 +329,7 @@ def compiled(rank: int) -> tuple[str, nn.Module]:
         model = torch.compile(inner, backend="eager") if outside else inner
         phases = PhasedTrainer(model, sgd(inner), PhaseConfig(**SHORT))
         letters = train(phases, model, rank, range(16))
-        assert all(not name.startswith("_orig") for name in phases.predictor.state_dict()["sums"][0])
+        assert all(not name.startswith("_orig") for name in phases.predictor.state_dict()["sums"]["linear"][0])
     return letters, inner
 
 
@@ -428,7 +430,7 @@ def frozen_and_subgroup(rank: int, world_size: int) -> tuple[str, str]:
     ddp = DDP(model, process_group=pairs[rank % 2], **OPTIONS)
     phases = PhasedTrainer(ddp, sgd(ddp), PhaseConfig(**SHORT))
     letters = train(phases, ddp, rank, range(16))
-    assert "hidden.weight" not in phases.predictor.state_dict()["sums"][0]
+    assert "hidden.weight" not in phases.predictor.state_dict()["sums"]["linear"][0]
     return letters, digest(ddp.parameters())
 
 
@@ -437,6 +439,86 @@ def test_frozen_parameters_and_a_group_of_some_ranks(tmp_path: Path) -> None:
     assert ranks[0] == ranks[2]
     assert ranks[1] == ranks[3]
     assert ranks[0][1] != ranks[1][1]
+
+
+def through_folders(rank: int, world_size: int, folder: Path) -> list[Any]:
+    """Runs that were saved by torch.distributed.checkpoint after so many steps, and again before the next one."""
+    import torch.distributed.checkpoint as dcp  # a second in each child, of these tests alone
+
+    config = PhaseConfig(**SHORT, correction=0.5)
+
+    def start() -> tuple[DDP, PhasedTrainer]:
+        model = DDP(net(), **OPTIONS)
+        return model, PhasedTrainer(model, sgd(model), config)
+
+    def outcome(letters: str, model: DDP, phases: PhasedTrainer) -> tuple[str, str, Any]:
+        return letters, digest(model.parameters()), phases.stats()._replace(seconds_by_phase={})
+
+    model, phases = start()
+    letters, found = "", []
+    for at in (0, 1, 5, 9):
+        letters += train(phases, model, rank, range(len(letters), at))
+        dcp.save({"phases": phases}, checkpoint_id=folder / f"{at}")
+        saved = copy.deepcopy((model.module.state_dict(), phases.optimizer.state_dict()))
+        _, between = start()
+        dcp.load({"phases": between}, checkpoint_id=folder / f"{at}")
+        dcp.save({"phases": between}, checkpoint_id=folder / f"{at} again")
+        other, resumed = start()
+        dcp.load({"phases": resumed}, checkpoint_id=folder / f"{at} again")
+        other.module.load_state_dict(saved[0])
+        resumed.optimizer.load_state_dict(saved[1])
+        found.append(outcome(letters + train(resumed, other, rank, range(at, 16)), other, resumed))
+    letters += train(phases, model, rank, range(9, 16))
+    return [outcome(letters, model, phases), *found]
+
+
+def test_torch_distributed_checkpoint_saves_and_loads_the_trainer_itself(tmp_path: Path) -> None:
+    first, second = run_ranks(through_folders, 2, tmp_path, tmp_path)
+    whole, *resumed = first
+    assert whole[0] == "wwffppcpcffppcpc"
+    assert resumed == [whole] * 4
+    assert second == first
+
+
+def others_folders(rank: int, world_size: int, folder: Path) -> None:
+    """Checkpoints of another model or predictor, and what is left of one without its history."""
+    import torch.distributed.checkpoint as dcp
+
+    def trainer(model: nn.Module, **settings: Any) -> tuple[DDP, PhasedTrainer]:
+        ddp = DDP(model, **OPTIONS)
+        return ddp, PhasedTrainer(ddp, sgd(ddp), PhaseConfig(**SHORT, **settings))
+
+    def frozen() -> nn.Module:
+        model = net()
+        model.norm.weight.requires_grad_(False)
+        return model
+
+    wider, more = net(), net()
+    wider.head = nn.Linear(96, 4)
+    more.extra = nn.Linear(3, 3)
+    model, phases = trainer(net())
+    assert train(phases, model, rank, range(6)) == "wwffpp"
+    dcp.save({"phases": phases}, checkpoint_id=folder / "saved")
+    for (_, other), text in (
+        (trainer(wider), "phases.predictor.sums.linear.0.head.weight"),
+        (trainer(more), "phases.predictor.sums.linear.0.extra.weight"),
+        (trainer(frozen()), "norm.weight is (96,) there and absent here"),
+        (trainer(net(), predictor="momentum"), "phases.predictor.sums.momentum.0"),
+        (trainer(net(), correction=0.5), "phases.predictor.residual"),
+    ):
+        with pytest.raises((ValueError, dcp.CheckpointException), match=re.escape(text)):
+            dcp.load({"phases": other}, checkpoint_id=folder / "saved")
+
+    ddp, other = trainer(frozen())
+    other.load_state_dict(phases.state_dict(), strict=False)
+    letters = train(other, ddp, rank, range(6, 16))
+    assert letters == "ffppcpcffp", letters  # first as many gradients as a line needs
+    assert other.stats().steps_by_phase["warmup"] == 2
+    assert other.schedule.total_step == 16
+
+
+def test_checkpoints_of_others_are_named_and_loaded_without_their_history(tmp_path: Path) -> None:
+    run_ranks(others_folders, 2, tmp_path, tmp_path)
 
 
 # Where ranks part

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.test_compressor import made
-from tests.test_kernels import CPU, SHAPES, assert_same, passes
+from tests.test_kernels import CPU, SHAPES, assert_same, passes, sparse_passes
 from vsa_ddp.compressor import VSAGradientCompressor
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import Packed, load_kernels
@@ -77,6 +77,16 @@ def test_triton_has_the_bits_of_torch(call: Call, block: int, bundle: int, num_r
 def test_triton_has_the_bits_of_torch_in_every_block(call: Call, block: int) -> None:
     case = config(2, block), WIDE[:1]
     assert_same(call(passes_of, "triton", *case), passes_of("torch", *case))
+
+
+def sparse_passes_of(backend: str, config: VsaConfig) -> dict[str, Tensor]:
+    return sparse_passes(load_kernels(backend, DEVICE[backend]), config, DEVICE[backend])
+
+
+@pytest.mark.parametrize(("block", "sparsity"), [(128, 2), (256, 4), (128, 16), (1024, 8), (2048, 128)])
+def test_triton_has_the_block_codes_of_torch(call: Call, block: int, sparsity: int) -> None:
+    case = VsaConfig(bundle=4, rotation_block=block, sparsity=sparsity)
+    assert_same(call(sparse_passes_of, "triton", case), sparse_passes_of("torch", case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -147,6 +157,7 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "_encode",
         "_mean",
         "_quantize",
+        "_quantize_sparsely",
         "_quantize_to_digits",
         "_rotate",
     ]

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import lockstep
 from tests.ranks import run_ranks
 from vsa_ddp.hypervector import rotate, unpack_keys
-from vsa_ddp.kernels import TorchKernels
+from vsa_ddp.kernels import TorchKernels, load_kernels
 from vsa_ddp.stats import ByteCounter, Totals
 from vsa_ddp.ternary import dequantize, level, quantize
 from vsa_ddp.wires import WIRES, AllGather, AllReduce, Courier, Mean, Message, Rounds, TwoShot, Wire
@@ -161,6 +162,19 @@ def test_with_a_shared_sigma_the_order_of_the_ranks_changes_no_bit(tmp_path: Pat
             assert all(torch.equal(value, values[0]) for value in values), name
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7])
+def test_every_backend_finds_the_same_mean_however_few_rows_a_rank_has(world_size: int, blocks: int) -> None:
+    for wire in ALL:
+        means = []
+        for kernels in (TorchKernels(), load_kernels("numba", torch.device("cpu"))):
+            messages = [
+                replace(message(rank, torch.float32, blocks=blocks), kernels=kernels) for rank in range(world_size)
+            ]
+            means.append(kernels.mean(lockstep.exchange(wire, messages, ByteCounter()).rows))
+        assert torch.equal(*means), wire
+
+
 def uneven(rank: int, world_size: int) -> list[list[Mean]]:
     """Six buckets through a wire of two rounds, each rank pausing where it likes."""
     courier, counter = Courier(dist.group.WORLD, torch.device("cpu"), TwoShot()), ByteCounter()
@@ -212,11 +226,12 @@ def test_bits_per_trit_are_those_of_theory(tmp_path: Path, wire: str, bits: dict
 def test_the_bytes_handed_over_are_the_formats(tmp_path: Path) -> None:
     gathered, reduced, shot = (run_ranks(traffic, 2, tmp_path, w, BLOCKS, None)[0][0] for w in WIRES.values())
     # 1639 bytes of trits, 16 of levels, 14 of scales, 44 of exact elements, each filled to a multiple of 8
-    assert gathered.wire_bytes == gathered.sent_bytes == 1640 + 16 + 16 + 48
+    seal = 16
+    assert gathered.wire_bytes == gathered.sent_bytes == seal + 1640 + 16 + 16 + 48
     # 27 digits to a lane; two floats per block, and the scales and exact elements, as float64
-    assert reduced.wire_bytes == 8 * -(-BLOCKS * BLOCK // 27) + 8 * (2 * BLOCKS + SCALES + EXACT)
+    assert reduced.wire_bytes == seal + 8 * -(-BLOCKS * BLOCK // 27) + 8 * (2 * BLOCKS + SCALES + EXACT)
     # a shard has half of it all, rounded up: two of them go out, and one comes back
-    shard = 824 + 8 + 8 + 24
+    shard = seal + 824 + 8 + 8 + 24
     assert (shot.wire_bytes, shot.sent_bytes) == (3 * shard, 2 * shard)
 
 

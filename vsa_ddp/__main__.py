@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="vsa_ddp", description="Does compression pay on this link, and by which wire?")
     parser.add_argument("--parameters", type=float, required=True, help="elements of the gradient, as 124e6")
     parser.add_argument("--bundle", type=int, default=4, help="slots per hypervector (default: 4)")
+    parser.add_argument("--sparsity", type=int, default=1, help="trits of which one is sent (default: 1, all are)")
     parser.add_argument("--ranks", type=int, help="on paper: ranks that exchange")
     parser.add_argument("--gbit", type=float, help="on paper: Gbit/s of a rank's link")
     parser.add_argument("--latency-ms", type=float, default=0.1, help="on paper: from rank to rank (default: 0.1)")
@@ -43,10 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
                 gbit_per_s=options.gbit,
                 latency_ms=options.latency_ms,
                 bundle=options.bundle,
+                sparsity=options.sparsity,
                 slowdown=options.slowdown,
             )
         elif "RANK" in os.environ and options.ranks is None and options.gbit is None:
-            advice = _measured(int(options.parameters), options.bundle)
+            advice = _measured(int(options.parameters), options.bundle, options.sparsity)
         else:
             raise ValueError("give both --ranks and --gbit, or neither and start it with torchrun.")
     except (ValueError, OverflowError) as error:
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(num_parameters: int, bundle: int) -> Advice:
+def _measured(num_parameters: int, bundle: int, sparsity: int) -> Advice:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -65,7 +67,7 @@ def _measured(num_parameters: int, bundle: int) -> Advice:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group, world_size = dist.group.WORLD, dist.get_world_size()
     assert group is not None
-    advice = advise_group(group, device, num_parameters, world_size, bundle=bundle)
+    advice = advise_group(group, device, num_parameters, world_size, bundle=bundle, sparsity=sparsity)
     dist.destroy_process_group()
     return advice
 

@@ -2,7 +2,7 @@
 
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +16,56 @@ _DIGEST_BITS = 20
 def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
     """Compare `mine` with every other rank's. Blocks; collective over `group`.
 
+    An entry that is a dict may be long: it is sent only if digests of it differ, and its first difference is named.
     Raises: ValueError on every rank, naming each entry that differs with its values by rank of the group.
     """
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    names = sorted({name for theirs in everyone for name in theirs})
+    long = {name: entry for name, entry in mine.items() if isinstance(entry, dict)}
+    everyone = _gather({**mine, **{name: _crc(entry) for name, entry in long.items()}}, group)
     differences = []
-    for name in names:
+    for name in _differing(everyone):
         values = [theirs.get(name) for theirs in everyone]
-        if any(value != values[0] for value in values):
-            listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
-            differences.append(f"{name} ({listed})")
+        if name in long:
+            entries = _gather(long[name], group)
+            first = _differing(entries)[0]
+            name, values = f"{name} {first}", [theirs.get(first, "absent") for theirs in entries]
+        listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
+        differences.append(f"{name} ({listed})")
     if differences:
         raise ValueError(
             f"all ranks must use the same settings for vsa_ddp, but they differ in {'; '.join(differences)}. "
-            "Pass the same settings, seed and checkpoint on every rank."
+            "Pass the same settings, model, seed and checkpoint on every rank."
         )
+
+
+def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _differing(everyone: list[dict[str, Any]]) -> list[str]:
+    """Names of entries that are not the same on all ranks, in the order of the first rank that has them."""
+    names = {name: None for theirs in everyone for name in theirs}
+    return [name for name in names if any(theirs.get(name) != everyone[0].get(name) for theirs in everyone)]
+
+
+def _crc(value: object) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """A number per tensor that depends on its bits and on nothing else: exact sums, in any order.
+
+    Shapes: (T,) int64.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack([s.to(sums[0].device) for s in sums]) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def digest(sums_T: Tensor) -> int:
+    """Of `fingerprint`. The host waits for the device."""
+    return zlib.crc32(sums_T.cpu().numpy().tobytes())
 
 
 class StepAgreement:
@@ -54,7 +88,7 @@ class StepAgreement:
 
     def send(self, same: dict[str, Any], numbers: Sequence[float]) -> None:
         """Begin to exchange; returns at once. Every rank calls it for each step, with as many entries and numbers."""
-        digests = [zlib.crc32(repr(value).encode()) % 2**_DIGEST_BITS for value in same.values()]
+        digests = [_crc(value) % 2**_DIGEST_BITS for value in same.values()]
         self._same = same
         self._begin([0.0, *numbers, *digests, *(d * d for d in digests)])
 

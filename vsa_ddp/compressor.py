@@ -70,6 +70,10 @@ class VSAGradientCompressor:
 
     def __init__(self, config: VsaConfig | None = None) -> None:
         self.config = config if config is not None else VsaConfig()
+        if self.config.sparsity > 1:
+            raise ValueError(
+                f"files hold all trits of a hypervector, so sparsity must be 1, got {self.config.sparsity}."
+            )
         self._coders: dict[tuple[str, torch.device], _Coder] = {}
         self._stats = CompressorStats()
         self._last_dims = 0

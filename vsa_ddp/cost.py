@@ -19,8 +19,8 @@ WIRE_METHODS: tuple[Method, ...] = ("all_gather", "all_reduce", "two_shot")
 
 BUCKET_BYTES = 25 * 2**20
 """DDP's own; each bucket pays its hops."""
-BITS_PER_TRIT = 1.6 + 16 / 1024
-"""Five trits to a byte, and a bfloat16 level for each block of 1024."""
+LEVEL_BITS = 16 / 1024
+"""Per trit: a bfloat16 level for each block of 1024."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Arithmetic:
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=7.33,
-    half_ns=6.33,
-    element_ns=3.32,
-    trit_ns={"all_gather": 4.41, "all_reduce": 8.74, "two_shot": 16.6},
-    gathered_trit_ns=0,
-    reference_rotation_s=0.00199,
+    dense_ns=7.72,
+    half_ns=7.57,
+    element_ns=3.35,
+    trit_ns={"all_gather": 5.4, "all_reduce": 9.8, "two_shot": 19.0},
+    gathered_trit_ns=0.891,
+    reference_rotation_s=0.00133,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 
@@ -76,6 +76,11 @@ class Cost:
         return self.hops * link.latency_s + (max(both) if self.pipelined else sum(both))
 
 
+def bits_per_trit(sparsity: int) -> float:
+    """Five trits to a byte; or of n trits the largest one's place and sign."""
+    return 1.6 if sparsity == 1 else sparsity.bit_length() / sparsity
+
+
 def digits_per_lane(num_ranks: int) -> int:
     """How many digits in base 2W + 1, each the sum of W trits, an int64 holds: 27 for 2 ranks, 8 for 64."""
     base, digits = 2 * num_ranks + 1, 1
@@ -90,6 +95,7 @@ def cost(
     world_size: int,
     bundle: int = 4,
     *,
+    sparsity: int = 1,
     slowdown: float = 1.0,
 ) -> Cost:
     """The cost of averaging a gradient. `slowdown`: this machine's time for a rotation over the reference's.
@@ -101,10 +107,11 @@ def cost(
     if method in ("dense", "half"):
         size, ns = (4, CPU_CORE.dense_ns) if method == "dense" else (2, CPU_CORE.half_ns)
         return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown, pipelined=True)
+    packet = (bits_per_trit(sparsity) + LEVEL_BITS) / 8 * d
     received, hops = {
-        "all_gather": (BITS_PER_TRIT / 8 * (w - 1) * d, w - 1),
+        "all_gather": ((w - 1) * packet, w - 1),
         "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
-        "two_shot": (BITS_PER_TRIT / 8 * ring * d, w),
+        "two_shot": (ring * packet, w),
     }[method]
     ns = CPU_CORE.element_ns * n + CPU_CORE.trit_ns[method] * d
     if method == "all_gather":
@@ -119,6 +126,7 @@ class Advice:
     num_elements: int
     world_size: int
     bundle: int
+    sparsity: int
     link: LinkSpeed
     slowdown: float
     ms: dict[Method, float]
@@ -134,7 +142,8 @@ class Advice:
             f"{self.link.latency_s * 1e3:.2g} ms, arithmetic {1 / self.slowdown:.3g} x a CPU core's"
         )
         mine, dense, half = (_rounded(self.ms[method]) for method in (self.wire, "dense", "half"))
-        times = f"{mine} ms a step by {self.wire} with bundle {self.bundle}, {dense} dense, {half} in 16 bits"
+        how = f"bundle {self.bundle}" + (f" and sparsity {self.sparsity}" if self.sparsity > 1 else "")
+        times = f"{mine} ms a step by {self.wire} with {how}, {dense} dense, {half} in 16 bits"
         if self.pays:
             return f'use wire="{self.wire}": {times} ({setting})'
         return f"leave compression off, it does not pay here: {times} ({setting})"
@@ -151,6 +160,7 @@ def advise(
     gbit_per_s: float,
     latency_ms: float = 0.1,
     bundle: int = 4,
+    sparsity: int = 1,
     slowdown: float = 1.0,
 ) -> Advice:
     """Which wire suits, and does it pay? From a model of the link; `print` it for one line.
@@ -160,6 +170,7 @@ def advise(
         world_size: ranks that exchange; with `ranks_per_node`, nodes.
         gbit_per_s: what one rank's link carries each way, in Gbit/s.
         latency_ms: from one rank to the next, in milliseconds.
+        sparsity: as in `VsaConfig`; where most trits are zero no network sums them, so "all_reduce" is left out.
         slowdown: this machine's time for a rotation over that of the CPU core that the model was fitted on; a GPU's is
             far below 1. `python -m vsa_ddp` measures all three in a running group.
 
@@ -169,6 +180,7 @@ def advise(
         ("num_parameters", num_parameters, 1),
         ("world_size", world_size, 1),
         ("bundle", bundle, 1),
+        ("sparsity", sparsity, 1),
     ):
         if value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}.")
@@ -178,11 +190,10 @@ def advise(
     if not latency_ms >= 0:
         raise ValueError(f"latency_ms must be at least 0, got {latency_ms}.")
     link = LinkSpeed(gbit_per_s * 1e9 / 8, latency_ms * 1e-3)
-    methods: tuple[Method, ...] = ("dense", "half", *WIRE_METHODS)
-    ms = {
-        method: cost(method, num_parameters, world_size, bundle, slowdown=slowdown).seconds(link) * 1e3
-        for method in methods
-    }
-    wire = min(WIRE_METHODS, key=lambda method: ms[method])
+    wires = tuple(method for method in WIRE_METHODS if sparsity == 1 or method != "all_reduce")
+    methods: tuple[Method, ...] = ("dense", "half", *wires)
+    costs = {m: cost(m, num_parameters, world_size, bundle, sparsity=sparsity, slowdown=slowdown) for m in methods}
+    ms = {method: each.seconds(link) * 1e3 for method, each in costs.items()}
+    wire = min(wires, key=lambda method: ms[method])
     pays = world_size > 1 and ms[wire] < min(ms["dense"], ms["half"])
-    return Advice(num_parameters, world_size, bundle, link, slowdown, ms, wire, pays)
+    return Advice(num_parameters, world_size, bundle, sparsity, link, slowdown, ms, wire, pays)

@@ -87,19 +87,9 @@ def bind(x: Tensor, keys: Tensor) -> Tensor:
 unbind = bind
 
 
-def bundle(x_BD: Tensor) -> Tensor:
-    """Superpose the slots: their sum. Shapes: (B, D) -> (D,)."""
-    return x_BD.sum(0)
-
-
 def bundle_bound_(y: Tensor, x: Tensor, keys: Tensor) -> Tensor:
     """y += bind(x, keys), in place and in one pass: one more slot of a bundle."""
     return y.addcmul_(x, keys)
-
-
-def unbundle(y_D: Tensor, num_slots: int) -> Tensor:
-    """Every slot's noisy view of a bundle: the bundle itself, not copied. Shapes: (D,) -> (B, D)."""
-    return y_D.expand(num_slots, -1)
 
 
 @cache

@@ -84,6 +84,13 @@ class BucketLayout:
     def num_exact(self) -> int:
         return sum(s.numel for s in self.exact)
 
+    @cached_property
+    def label(self) -> str:
+        """Tells it from other buckets, on every rank alike."""
+        plan = self.bundle, self.rotation_block, [(s.name, s.shape) for s in self.slices]
+        more = f" and {len(self.slices) - 1} more" if len(self.slices) > 1 else ""
+        return f"bucket of {self.slices[0].name}{more} ({zlib.crc32(repr(plan).encode()):08x})"
+
 
 def is_compressed(shape: tuple[int, ...], config: VsaConfig) -> bool:
     """Whether a parameter of this shape is compressed: it has two dimensions or more and is not tiny."""

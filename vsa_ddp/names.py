@@ -1,12 +1,31 @@
 """Which parameter is which: names that stay when DDP rebuilds its buckets, and from one run to the next."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+logger = logging.getLogger(__name__)
+
 Shapes = dict[str, tuple[int, ...]]
+
+
+def describe(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Place, shape and dtype of each parameter, in words: what ranks compare."""
+    return {name: f"number {i}, {tuple(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named_parameters)}
+
+
+def averaged_parameters(ddp_model: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters whose gradients DDP averages: those it was told to ignore are each rank's own."""
+    ignored: set[str] = getattr(ddp_model, "parameters_to_ignore", set())
+    return [
+        (name, p)
+        for name, p in ddp_model.module.named_parameters()
+        if p.requires_grad and not ignored & {name, f".{name}"}  # torch has a dot before those of the model itself
+    ]
 
 
 class ParameterNames:
@@ -36,11 +55,26 @@ class ParameterNames:
             self._names[p] = name
         self.complete = True
 
-    def load(self, saved: Shapes) -> None:
-        """Expect the parameters of a saved state. Raises: ValueError if those known already are others."""
+    def load(self, saved: Shapes, *, strict: bool = True) -> set[str]:
+        """Expect the parameters of a saved state. Returns the names of those that are the same there.
+
+        Raises: ValueError if those known already are others; not if `strict` is False, then it logs them.
+        """
         if self.shapes and saved and self.shapes != saved:
-            raise ValueError(f"the state to load belongs to other parameters: {_difference(saved, self.shapes)}.")
+            if strict:
+                raise ValueError(
+                    f"the state to load belongs to other parameters: {_difference(saved, self.shapes)}. With "
+                    "strict=False those that are the same go on where they were, and the others begin anew."
+                )
+            lost = [name for name, shape in saved.items() if self.shapes.get(name) != shape]
+            new = [name for name, shape in self.shapes.items() if saved.get(name) != shape]
+            logger.warning("not in the model: %s; begin anew: %s", ", ".join(lost) or "none", ", ".join(new) or "none")
         self.shapes = self.shapes or saved
+        return {name for name, shape in saved.items() if self.shapes.get(name) == shape}
+
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """The parameters known so far with their names, in the same order on all ranks."""
+        return [(name, p) for p, name in self._names.items()]  # type: ignore[no-untyped-call]
 
     def of(self, parameters: Sequence[Tensor]) -> tuple[str, ...]:
         """The names of a bucket's parameters; until all are known, those without one get the next.

@@ -1,7 +1,8 @@
 """Trits to bytes and back, trits to summable digits and back, and a packet to bytes and back.
 
 The packet that leaves a rank: four parts in this order, little-endian, each filled with zeros to a multiple of 8 bytes
-so that the next starts aligned. No header: every rank knows the layout of the bucket.
+so that the next starts aligned. Every rank knows the layout of the bucket; what `wires.seal` puts in front tells a
+packet of another bucket, and a damaged one.
 
 | part   | bytes           | what                                                                              |
 |--------|-----------------|-----------------------------------------------------------------------------------|

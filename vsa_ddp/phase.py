@@ -107,7 +107,7 @@ class _Position:
     """Last measured."""
     recent: tuple[float, float] = (0.0, 0.0)
     """Decayed sums of g p and p p, as far back as the gate has been asking."""
-    errors: dict[str, tuple[int, float]] = field(default_factory=dict)
+    errors: dict[int, tuple[int, float]] = field(default_factory=dict)
     """By horizon: predictions measured, and the sum of the energies that they did not explain."""
 
 
@@ -206,9 +206,9 @@ class PhaseSchedule:
             _, gp, pp = measured.moments
             at.recent = RECENT_DECAY * at.recent[0] + gp, RECENT_DECAY * at.recent[1] + pp
             explained = PredictionQuality.of(measured.moments).explained
-            count, total = at.errors.get(str(measured.horizon), (0, 0.0))
+            count, total = at.errors.get(measured.horizon, (0, 0.0))
             if math.isfinite(explained):
-                at.errors[str(measured.horizon)] = count + 1, total + 1.0 - explained
+                at.errors[measured.horizon] = count + 1, total + 1.0 - explained
         if self.config.adapt == "gate" and measured.judges:
             self._judge(measured)
 
@@ -316,7 +316,7 @@ class PhaseSchedule:
 
     def error_by_horizon(self) -> dict[int, float]:
         """Mean share of the gradient's energy that predictions so far ahead did not explain."""
-        return {int(h): total / count for h, (count, total) in sorted(self._at.errors.items(), key=lambda e: int(e[0]))}
+        return {horizon: total / count for horizon, (count, total) in sorted(self._at.errors.items())}
 
     def stats(self, dense_bytes: int, seconds_by_phase: dict[str, float]) -> PhaseStats:
         """All of it. Args: `dense_bytes` of a gradient; `seconds_by_phase` as they were measured."""
@@ -342,18 +342,23 @@ class PhaseSchedule:
         return self._next_phase() is not Phase.PREDICT
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {**asdict(self._at), "phase": self._at.phase.value}
+        """Plain numbers, strings, lists and dicts; keys that are the same at every step."""
+        errors = [[horizon, *error] for horizon, error in self._at.errors.items()]
+        return {**asdict(self._at), "phase": self._at.phase.value, "errors": errors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         tuples = {
             "moments": tuple(state["moments"]) if state["moments"] is not None else None,
             "recent": tuple(state["recent"]),
-            "errors": {h: tuple(e) for h, e in state["errors"].items()},
+            "errors": {horizon: (count, total) for horizon, count, total in state["errors"]},
         }
         copies = {"phase": Phase(state["phase"]), "steps": dict(state["steps"]), "losses": list(state["losses"])}
         self._at = _Position(**{**state, **tuples, **copies})
+
+    def forget_history(self) -> None:
+        """The predictor has begun anew: no predictions until it has seen as many gradients as it needs."""
+        self._at.history = 0
 
 
 def trend(losses: Iterable[float]) -> float:

@@ -13,9 +13,9 @@ weights: nothing else is kept of the history.
 Source: the damped trend is Gardner and McKenzie 1985 (Management Science 31), discounted least squares Brown 1963.
 """
 
+import logging
 import math
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from vsa_ddp.config import PhaseConfig
 from vsa_ddp.phase import HISTORY_NEEDED, Measured, StepInfo
 from vsa_ddp.stats import PredictionQuality
+
+logger = logging.getLogger(__name__)
 
 Gradients = dict[str, Tensor]
 
@@ -90,7 +92,7 @@ class GradientPredictor:
             return False
         gap = now - self._last_step if self.num_recorded else 1
         names = list(gradients)
-        self._allocate(self._sums, names)
+        self._allocate(names)
         method, decay = self.config.predictor, self.config.decay**gap
         g0, gt = (list(sums.values()) for sums in (self._sums[0], self._sums[-1]))
         if method == "momentum":
@@ -112,9 +114,11 @@ class GradientPredictor:
     def predict_gradient(self, *, step: int | None = None, scale: float = 1.0) -> Gradients:
         """The gradient of this step as the history has it, times `scale`: new tensors, in the parameters' dtypes.
 
-        Raises: ValueError while the history is empty.
+        Zeros for all parameters while the history is empty: so it may be where the first gradient was not finite.
         """
         now = self._now(step)
+        if not self.num_recorded:
+            return {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         names = self._present
         weights = [scale * w for w in self._coefficients(now)]
         if not names:
@@ -147,13 +151,12 @@ class GradientPredictor:
         total_3 = self._moments_T3.sum(0)
         self.quality = PredictionQuality.of(total_3.tolist())
         if self.config.correction and bool(total_3.isfinite().all()):
-            self._allocate([self._residual], list(gradients))
             for name in gradients:
-                residual, error = self._residual[name], self._predict_one(name, weights, corrected=False)
+                error = self._predict_one(name, weights, corrected=False)
                 if error is None:
                     continue
                 error.neg_().add_(gradients[name], alpha=1.0 / scale)
-                residual.mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
+                self._residual[name].mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
         return total_3
 
     def take(self, gradients: Mapping[str, Tensor], info: StepInfo, *, scale: float = 1.0) -> Measured:
@@ -196,56 +199,88 @@ class GradientPredictor:
 
     def stats(self) -> PredictorStats:
         """Counts, memory and the last quality."""
-        buffers = [*self._sums, *([self._residual] if self._residual else [])]
         return PredictorStats(
             total_steps=self.total_steps,
             num_recorded=self.num_recorded,
             horizon=self.total_steps - self._last_step if self.num_recorded else 0,
-            num_buffers=len(buffers),
-            buffer_bytes=sum(t.nbytes for buffer in buffers for t in buffer.values()),
+            num_buffers=len(self._buffers),
+            buffer_bytes=sum(t.nbytes for buffer in self._buffers for t in buffer.values()),
             quality=self.quality,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`."""
+        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`.
+
+        Its keys, and the shapes of its tensors, depend on parameters and settings alone, since
+        `torch.distributed.checkpoint` fills what a new predictor says: buffers are zeros where nothing is recorded.
+        """
         return {
             "predictor": self.config.predictor,
-            "sums": [{n: t.clone() for n, t in sums.items()} for sums in self._sums],
-            "residual": {n: t.clone() for n, t in self._residual.items()},
+            "parameters": self._shapes(),
+            "sums": {self.config.predictor: [self._whole(sums) for sums in self._sums]},
+            "residual": self._whole(self._residual) if self.config.correction else {},
             "present": list(self._present),
             "weights": list(self._weights),
             "counts": [self.total_steps, self.num_recorded, self._last_step, self._gap],
             "quality": list(self.quality) if self.quality is not None else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, on the devices of the parameters.
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> bool:
+        """Go on where `state` was taken, on the devices of the parameters. Returns whether its history was taken over.
 
-        Raises: ValueError if it is another predictor's, or of other parameters.
+        That of another predictor or of other parameters is not: the parts that fit would make a history in which the
+        rest had gradients of zero. If not `strict`, it is left out with a warning, and a new one begins.
+        Raises: ValueError if there is such a difference, and `strict`.
         """
-        if state["predictor"] != self.config.predictor:
-            raise ValueError(
-                f"the saved history is that of predictor {state['predictor']!r}, but the setting is "
-                f"{self.config.predictor!r}; use the one that was saved, or leave the history out."
-            )
+        difference = self._difference(state)
+        if difference and strict:
+            raise ValueError(f"{difference}; strict=False leaves the history out.")
         self.reset()
-        for buffer, saved in zip([*self._sums, self._residual], [*state["sums"], state["residual"]], strict=True):
-            for name, tensor in saved.items():
-                parameter = self._parameters.get(name)
-                if parameter is None or parameter.shape != tensor.shape:
-                    here = "absent" if parameter is None else tuple(parameter.shape)
-                    raise ValueError(
-                        f"the saved history belongs to other parameters: {name} is {tuple(tensor.shape)} there and "
-                        f"{here} here."
-                    )
-                # a copy in the parameter's memory format, as `_allocate` makes it: sums have the same bits then
-                buffer[name] = torch.empty_like(parameter, dtype=self._stored_dtype(parameter)).copy_(tensor)
+        if difference:
+            logger.warning("%s: the history begins anew", difference)
+            return False
+        self.total_steps, self.num_recorded, self._last_step, self._gap = state["counts"]
+        if self.num_recorded:  # else there are only zeros
+            self._allocate(self._parameters)
+            # one side may have a residual and the other none: `correction` need not be what it was
+            saved_buffers = [*state["sums"][self.config.predictor], state["residual"]]
+            for buffer, saved in zip(self._buffers, saved_buffers, strict=False):
+                for name, tensor in saved.items():
+                    buffer[name].copy_(tensor)
         self._present = list(state["present"])
         self._weights = tuple(state["weights"])
-        self.total_steps, self.num_recorded, self._last_step, self._gap = state["counts"]
         self.quality = PredictionQuality(*state["quality"]) if state["quality"] is not None else None
+        return True
 
     # Parts
+
+    @property
+    def _buffers(self) -> list[Gradients]:
+        """All that have the gradient's size."""
+        return [*self._sums, self._residual] if self.config.correction else self._sums
+
+    def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, tuple(parameter.shape)) for name, parameter in self._parameters.items()]
+
+    def _difference(self, state: dict[str, Any]) -> str | None:
+        """Why a saved history cannot go on here, if it cannot."""
+        if state["predictor"] != self.config.predictor:
+            return (
+                f"the saved history is that of predictor {state['predictor']!r}, but the setting is "
+                f"{self.config.predictor!r}"
+            )
+        there, here = dict(state["parameters"]), dict(self._shapes())
+        for name in there | here:
+            if there.get(name) != here.get(name):
+                return (
+                    f"the saved history belongs to other parameters: {name} is {there.get(name, 'absent')} there and "
+                    f"{here.get(name, 'absent')} here"
+                )
+        return None
+
+    def _whole(self, buffer: Gradients) -> Gradients:
+        """A copy, with zeros for parameters that it has not had yet."""
+        return {n: buffer[n].clone() if n in buffer else self._zeros(p) for n, p in self._parameters.items()}
 
     def _now(self, step: int | None) -> int:
         now = self.total_steps if step is None else step
@@ -292,17 +327,16 @@ class GradientPredictor:
         pp = torch.dot(p, p) if p is not None else zero
         return torch.stack([gg / scale**2, gp / scale, pp]).double()
 
-    def _allocate(self, buffers: Sequence[Gradients], names: Iterable[str]) -> None:
-        for buffer in buffers:
-            for name in names:
+    def _allocate(self, names: Iterable[str]) -> None:
+        for name in names:
+            for buffer in self._buffers:
                 if name not in buffer:
-                    parameter = self._parameters[name]
-                    buffer[name] = torch.zeros_like(parameter, dtype=self._stored_dtype(parameter))
+                    buffer[name] = self._zeros(self._parameters[name])
 
-    def _stored_dtype(self, parameter: Tensor) -> torch.dtype:
-        if self.config.history_dtype == "bfloat16":
-            return torch.bfloat16
-        return torch.promote_types(parameter.dtype, torch.float32)
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        """As it is stored."""
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return torch.zeros_like(parameter, dtype=torch.bfloat16 if self.config.history_dtype == "bfloat16" else wide)
 
     def _working(self, tensor: Tensor, name: str) -> Tensor:
         """In the precision that is calculated with."""
@@ -313,21 +347,6 @@ class GradientPredictor:
             if gradient.is_sparse or gradient.is_complex():
                 kind = "sparse" if gradient.is_sparse else str(gradient.dtype)
                 raise TypeError(f"the gradient of {name} is {kind}, which cannot be predicted; use dense, real ones.")
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """A number per tensor that depends on its bits and on nothing else: exact sums, in any order.
-
-    Shapes: (T,) int64.
-    """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
-
-
-def digest(sums_T: Tensor) -> int:
-    """Of `fingerprint`. The host waits for the device."""
-    return zlib.crc32(sums_T.cpu().numpy().tobytes())
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -64,6 +64,7 @@ def advise_group(
     world_size: int,
     *,
     bundle: int,
+    sparsity: int = 1,
     gbit_per_s: float | None = None,
 ) -> Advice:
     """`cost.advise` from what is measured in the group, the same on all ranks. Collective, blocks.
@@ -80,6 +81,7 @@ def advise_group(
         gbit_per_s=gbit_per_s,
         latency_ms=latency_ms,
         bundle=bundle,
+        sparsity=sparsity,
         slowdown=measure_slowdown(group, device),
     )
 

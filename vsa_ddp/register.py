@@ -11,6 +11,8 @@ from torch.optim import ASGD, SGD, Optimizer, Rprop
 from vsa_ddp.codec import unbiased_nmse
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
+from vsa_ddp.names import averaged_parameters
+from vsa_ddp.sparse import NMSES
 from vsa_ddp.state import VsaState
 
 logger = logging.getLogger(__name__)
@@ -33,16 +35,18 @@ def optimizer_family(optimizer: Optimizer | None) -> Family:
     return "sgd" if isinstance(optimizer, SGD | ASGD | Rprop) else "adam"
 
 
-def learning_rate_factor(bundle: int) -> float:
-    """What to multiply an Adam-like optimizer's learning rate by: sqrt(B * 1.2348), 2.2 at B=4.
+def learning_rate_factor(bundle: int, sparsity: int = 1) -> float:
+    """What to multiply an Adam-like optimizer's learning rate by: sqrt(B * 1.2348), 2.2 at B=4; 1.9 at sparsity 16.
 
     The unbiased decode's noise multiplies the second moment by 1 + its NMSE, and Adam's steps shrink by the root of
     that; this gives it back.
-    Raises: ValueError if bundle is less than 1.
+    Raises: ValueError if bundle is less than 1, or there is no such sparsity.
     """
     if bundle < 1:
         raise ValueError(f"bundle must be at least 1, got {bundle}.")
-    return math.sqrt(1.0 + unbiased_nmse(bundle))
+    if sparsity != 1 and sparsity not in NMSES:
+        raise ValueError(f"sparsity must be 1 or one of {', '.join(map(str, NMSES))}, got {sparsity}.")
+    return math.sqrt(1.0 + unbiased_nmse(bundle, sparsity))
 
 
 def register(
@@ -76,7 +80,7 @@ def register(
     family = optimizer_family(optimizer)
     config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
     state = VsaState(ddp_model.process_group, config, mesh)
-    state.name_parameters(ddp_model.module.named_parameters())
+    state.name_parameters(averaged_parameters(ddp_model))
     try:
         ddp_model.register_comm_hook(state, vsa_hook)
     except RuntimeError as error:
@@ -85,5 +89,6 @@ def register(
             "in backward."
         ) from error
     if family == "adam" and config.wire != "dense":
-        logger.info("learning rate: times %.2f suits bundle %d", learning_rate_factor(config.bundle), config.bundle)
+        factor = learning_rate_factor(config.bundle, config.sparsity)
+        logger.info("learning rate: times %.2f suits bundle %d, sparsity %d", factor, config.bundle, config.sparsity)
     return state

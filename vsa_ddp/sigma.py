@@ -7,6 +7,8 @@ parameter: T_p values for its T_p rotation blocks.
 Shape letters: T rotation blocks of a bucket.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,11 @@ class SharedSigma:
         elif sigma.device != device:
             sigma = self._sigmas[s.name] = sigma.to(device)
         return sigma
+
+    def prepare(self, num_blocks: Iterable[tuple[str, int]]) -> None:
+        """Have zeros, which mean not known, for parameters that were not seen yet, with their rotation blocks."""
+        for name, num in num_blocks:
+            self._sigmas.setdefault(name, torch.zeros(num))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: sigma.clone() for name, sigma in self._sigmas.items()}

@@ -1,6 +1,5 @@
 """What the hook keeps between steps: step counter, scales, codecs, byte counts; and how it is saved."""
 
-import hashlib
 import logging
 import math
 import os
@@ -14,19 +13,20 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, which torch does not export to mypy
 from torch.distributed.device_mesh import DeviceMesh
 
-from vsa_ddp.agreement import check_agreement
+from vsa_ddp.agreement import check_agreement, digest, fingerprint
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import Kernels, Rows, load_kernels, missing
-from vsa_ddp.layout import plan_bucket
-from vsa_ddp.names import ParameterNames
+from vsa_ddp.layout import is_compressed, plan_bucket
+from vsa_ddp.names import ParameterNames, describe
 from vsa_ddp.nodes import check_mesh, group_by_node
 from vsa_ddp.probe import advise_group
+from vsa_ddp.replicas import ReplicaCheck
 from vsa_ddp.sigma import SharedSigma
 from vsa_ddp.stats import ByteCounter, CompressionStats, Totals
 from vsa_ddp.version import __version__
 from vsa_ddp.whitening import Whitening
-from vsa_ddp.wires import WIRES, Courier, Link, Message, num_groups_made
+from vsa_ddp.wires import WIRES, Courier, Link, Message, Subject, num_groups_made
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class VsaState:
         self.step = 0
         self.whitening = Whitening(self.config.scale_decay)
         self.sigma = SharedSigma()
+        self._replicas = ReplicaCheck(self.config.check_interval)
         self._counter = ByteCounter()
         self._names = ParameterNames()
         self._courier: Courier | None = None
@@ -100,11 +101,16 @@ class VsaState:
         known = self._codecs.get(bucket.index())
         if known is None or known[0] != ids:
             known = self._codecs[bucket.index()] = ids, self._make_codec(parameters, buffer)
+        codec = known[1]
+        link = self._courier.link(self._counter, Subject(self.step, codec.layout.label))
         if self._starts_step:
-            self._counter.start_step()
             self._starts_step = False
+            self._counter.start_step()
+            self._replicas.finish(self._courier.inspection)
+            if self._replicas.due(self.step):
+                self._replicas.begin(self._names.parameters(), link, self.step)
         self._counter.add(dense_bytes=buffer.nbytes, num_elements=buffer.numel())
-        return known[1], self._courier.link(self._counter), self.step
+        return codec, link, self.step
 
     def sends_exact(self, step: int) -> bool:
         """Whether this step travels uncompressed."""
@@ -123,7 +129,7 @@ class VsaState:
         assert wire is not None
         sigma_T = self.sigma.of(codec.layout, exact_E.device) if wire.shared_sigma else None
         keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
-        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC)
+        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC, self.config.sparsity)
 
     def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
@@ -154,7 +160,20 @@ class VsaState:
         self._names.assign(named_parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`."""
+        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`.
+
+        Once parameters have names it has the same keys and shapes at any step, as `torch.distributed.checkpoint` needs.
+        """
+        compressed = [item for item in self._names.shapes.items() if is_compressed(item[1], self.config)]
+        wire = WIRES.get(self._chosen or self.config.wire)
+        if self.config.whiten and self.config.wire != "dense":
+            self.whitening.prepare(compressed)
+        if self.config.wire == "auto" or (wire is not None and wire.shared_sigma):
+            blocks = [
+                (s.name, s.num_dims // self.config.rotation_block)
+                for s in plan_bucket(tuple(compressed), self.config).slices
+            ]
+            self.sigma.prepare(blocks)
         return {
             "version": __version__,
             "step": self.step,
@@ -166,19 +185,23 @@ class VsaState:
             "sigma": self.sigma.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Continue where `state` was saved: the next gradient has the bits it would have had without the break.
 
         Settings stay this state's own; those that differ are logged as a warning. Call it on every rank alike, with a
-        new DDP model, before or after `register_comm_hook`.
+        new DDP model, before or after `register_comm_hook`. With `strict=False` parameters may have been added, taken
+        away, renamed or reshaped: the others go on with their scales, and these begin without.
         Raises: ValueError if this state has served a step already, or knows parameters of other names or shapes.
         """
+        if absent := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"this is not what VsaState.state_dict gives: it has no {', '.join(absent)}.")
         if self._courier is not None:
             raise ValueError(
                 f"this VsaState is in use, at step {self.step}; load into a new one that is registered with a new DDP "
                 "model, on every rank."
             )
-        self._names.load({name: tuple(shape) for name, shape in state["shapes"].items()})
+        saved_shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        same = self._names.load(saved_shapes, strict=strict)
         mine, saved = vars(self.config), state["settings"]
         for name in sorted(set(mine) | set(saved)):
             if mine.get(name) != saved.get(name):
@@ -188,8 +211,8 @@ class VsaState:
         self.step = state["step"]
         self._chosen = state["chosen_wire"] if self.config.wire == "auto" else None
         self._counter = ByteCounter(Totals(**state["totals"]))
-        self.whitening.load_state_dict(state["scales"])
-        self.sigma.load_state_dict(state["sigma"])
+        self.whitening.load_state_dict({name: pair for name, pair in state["scales"].items() if name in same})
+        self.sigma.load_state_dict({name: sigma for name, sigma in state["sigma"].items() if name in same})
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
@@ -204,7 +227,7 @@ class VsaState:
     def _meet(self, group: dist.ProcessGroup, buffer: Tensor) -> Courier:
         """Compare the ranks, find the nodes, and make what carries messages. Collective, blocks, once."""
         device = buffer.device
-        check_agreement(self._fingerprint(group, device), group)
+        check_agreement(self._mine(group, device), group)
         self._kernels = load_kernels(self.config.backend, device)
         ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
         nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
@@ -214,6 +237,9 @@ class VsaState:
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
+        if self.config.check_interval:
+            self._replicas.begin(self._names.parameters(), courier.link(self._counter), self.step)
+            self._replicas.finish(courier.inspection)
         where = f" in {num_peers} nodes" if nodes else ""
         logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
         return courier
@@ -228,6 +254,7 @@ class VsaState:
             num_elements,
             num_peers,
             bundle=self.config.bundle,
+            sparsity=self.config.sparsity,
             gbit_per_s=self.config.link_gbit,
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
@@ -255,12 +282,10 @@ class VsaState:
         logger.info("bucket of %d elements: %d exact, %d trits", buffer.numel(), layout.num_exact, layout.num_dims)
         return Codec(layout, self.config, self.whitening, buffer.device, self._kernels)
 
-    def _fingerprint(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, Any]:
+    def _mine(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, Any]:
         """What must be equal on all ranks before the first bucket is sent."""
-        digest = hashlib.sha256(repr(sorted(self._names.shapes.items())).encode())
-        scales = [(name + side, t) for name, pair in self.whitening.state_dict().items() for side, t in pair.items()]
-        for name, tensor in sorted([*scales, *self.sigma.state_dict().items()], key=lambda item: item[0]):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        scales = {f"{name} by {side}": t for name, by in self.whitening.state_dict().items() for side, t in by.items()}
+        loaded = {**scales, **self.sigma.state_dict()}
         on_cuda = device.type == "cuda"
         wire = WIRES.get(self.config.wire)
         flat = self.config.ranks_per_node == 1 and self._mesh is None
@@ -276,7 +301,8 @@ class VsaState:
             "backend": missing(self.config.backend, device) or "there",
             "version": __version__,
             "step": self.step,
-            "digest of parameter names and scales": digest.hexdigest()[:16],
+            "parameter": describe(self._names.parameters()),
+            "loaded scales of": {name: digest(fingerprint([t])) for name, t in loaded.items()},
             # Other arithmetic rounds otherwise, and the ranks' gradients would part
             "torch": torch.__version__.split("+")[0],
             "device": torch.cuda.get_device_name(device) if on_cuda else torch.backends.cpu.get_cpu_capability(),

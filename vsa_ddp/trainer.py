@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vsa_ddp.agreement import StepAgreement, check_agreement
+from vsa_ddp.agreement import StepAgreement, check_agreement, digest, fingerprint
 from vsa_ddp.config import PhaseConfig
+from vsa_ddp.names import averaged_parameters, describe
 from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo
-from vsa_ddp.predictor import GradientPredictor, digest, fingerprint
+from vsa_ddp.predictor import GradientPredictor
 from vsa_ddp.stats import PhaseStats
 from vsa_ddp.version import __version__
 from vsa_ddp.wires import make_cpu_twin
@@ -111,17 +111,11 @@ class PhasedTrainer:
         self.optimizer = optimizer
         self.scaler = scaler
         self.schedule = PhaseSchedule(self.config)
-        ignored: set[str] = getattr(model, "parameters_to_ignore", set())
-        self._parameters = {
-            name.replace("_orig_mod.", ""): p
-            for name, p in model.module.named_parameters()
-            if p.requires_grad and name not in ignored  # those have gradients of this rank alone
-        }
+        self._parameters = {name.replace("_orig_mod.", ""): p for name, p in averaged_parameters(model)}
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
         self._ddp = model
         self._dense_bytes = sum(p.nbytes for p in self._parameters.values())
-        names = zlib.crc32(repr([(name, tuple(p.shape)) for name, p in self._parameters.items()]).encode())
-        mine = {**vars(self.config), "digest of parameter names": names, "version": __version__}
+        mine = {**vars(self.config), "parameter": describe(self._parameters.items()), "version": __version__}
         check_agreement(mine, model.process_group)
         self._agreement = StepAgreement(make_cpu_twin(model.process_group))
         self._seconds = {phase.value: 0.0 for phase in Phase}
@@ -203,10 +197,8 @@ class PhasedTrainer:
     def _predict(self, info: StepInfo) -> None:
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=next(iter(self._parameters.values())).device))  # it starts lazily
-        if self.predictor.num_recorded:
-            predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
-        else:  # the only gradient so far was not finite, which the schedule hears a step later
-            predicted = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        # zeros if the only gradient so far was not finite, which the schedule hears a step later
+        predicted = self.predictor.predict_gradient(step=info.total_step, scale=self._scale())
         for name, p in self._parameters.items():
             p.grad = predicted.get(name)
         self._measuring.bits = fingerprint(predicted.values())
@@ -276,26 +268,29 @@ class PhasedTrainer:
         """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`.
 
         Between steps. The same on all ranks but for the seconds, so that one rank may save it for all; it waits until
-        the others have ended the step too.
+        the others have ended the step too. Its keys and the shapes of its tensors are those of a new trainer, so that
+        `torch.distributed.checkpoint` can save and load the trainer itself.
         """
         if self._inside or self._failure is not None:
             raise RuntimeError(self._failure or "a state is saved between steps, not inside one.")
         if self._agreement.under_way:
             self._hear()
+        heard = self._heard or self._loaded
         return {
             "version": __version__,
             "settings": dict(vars(self.config)),
             "schedule": self.schedule.state_dict(),
             "predictor": self.predictor.state_dict(),
-            "measured": list(self._heard) if self._heard is not None else None,
+            "measured": list(heard) if heard is not None else None,
             "seconds": dict(self._seconds),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Go on where `state` was saved, with the bits of a run without the break. On every rank, before any step.
 
-        Settings stay this trainer's own; those that differ are logged as a warning.
-        Raises: ValueError if this trainer has begun, or the state is another predictor's or of other parameters.
+        Settings stay this trainer's own; those that differ are logged as a warning. If not `strict`, so is another
+        predictor's history, or that of other parameters: then the schedule goes on, and the history begins anew.
+        Raises: ValueError if this trainer has begun, or there is such a history, and `strict`.
         """
         if self._coming is not None:
             raise ValueError(f"this PhasedTrainer is in use, at step {self.schedule.total_step}; load into a new one.")
@@ -305,8 +300,10 @@ class PhasedTrainer:
                 logger.warning(
                     "setting %s was %r in the loaded state and is %r now", name, saved.get(name), mine.get(name)
                 )
-        self.predictor.load_state_dict(state["predictor"])
+        kept = self.predictor.load_state_dict(state["predictor"], strict=strict)
         self.schedule.load_state_dict(state["schedule"])
+        if not kept:
+            self.schedule.forget_history()
         self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None
         self._seconds = dict(state["seconds"])
 

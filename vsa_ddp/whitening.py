@@ -10,6 +10,9 @@ Source of the factoring: Shazeer and Stern 2018 (Adafactor), arXiv:1804.04235.
 Shape letters: R rows, C columns, S = sum of R + C over the compressed parameters of a bucket.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -71,6 +74,12 @@ class Whitening:
             else:
                 factors.append(torch.ones(s.num_rows + s.num_cols, dtype=torch.float32))
         return torch.cat(factors[1:] or factors)
+
+    def prepare(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Have zeros, which mean nothing was measured, for parameters that were not seen yet."""
+        for name, shape in shapes:
+            if name not in self._means:
+                self._means[name] = torch.zeros(shape[0]), torch.zeros(math.prod(shape[1:]))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {name: {"row": row_R.clone(), "col": col_C.clone()} for name, (row_R, col_C) in self._means.items()}

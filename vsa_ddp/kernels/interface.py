@@ -58,12 +58,14 @@ class Packed:
     """The mean of the ranks' rows, from the trits of each."""
 
     packed_WTP: Tensor
-    """uint8; may be a view with gaps between the ranks."""
+    """uint8; may be a view with gaps between the ranks, but not between the rows."""
     levels: Tensor
     """The value of trit +1 in each row: each rank's own (W, T), bfloat16; or one for all (T,), float32: then what is
     summed are integers."""
     shape: tuple[int, ...]
     """(T, K)."""
+    sparsity: int = 1
+    """1: trits as `packing.pack_trits` packs them; n: block codes, see `sparse`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Kernels(Protocol):
 
     def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`ternary.quantize` and `packing.pack_trits`: (T, P) uint8, (T,) energies and (T,) what was kept, float32."""
+
+    def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`sparse.quantize_sparsely` and `sparse.pack_codes`: (T, P) uint8, (T,) and (T,) float32."""
 
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         """`ternary.quantize` and `packing.pack_digits`: (T, L) int64, (T,) and (T,) float32."""

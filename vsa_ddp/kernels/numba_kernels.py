@@ -27,6 +27,7 @@ from vsa_ddp.hypervector import KEYS_PER_COUNTER
 from vsa_ddp.kernels.interface import Keys, Received, Rows, Summed
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE, trits_of_byte
+from vsa_ddp.sparse import code_bits, row_bytes
 from vsa_ddp.ternary import THRESHOLD
 
 _THRESHOLD = np.float32(THRESHOLD)
@@ -280,19 +281,59 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 
 
 @compiled
+def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Array) -> tuple[Any, Any]:
+    """`sparse.quantize_sparsely` of a row: block codes, the energy and what was kept of it."""
+    block, n = len(y_K), len(codes)
+    for i in range(block):
+        spare_K[i] = y_K[i] * y_K[i]
+    energy, bits = _sum(spare_K), y_K.view(np.int32)
+    for s in range(n):
+        sizes[s], codes[s] = bits[s] & np.int32(0x7FFFFFFF), np.int32(0)
+    for place in range(1, sparsity):
+        part = bits[place * n : place * n + n]
+        for s in range(n):
+            size = part[s] & np.int32(0x7FFFFFFF)
+            codes[s] = np.int32(place) if size > sizes[s] else codes[s]
+            sizes[s] = max(size, sizes[s])
+    for s in range(n):
+        y = y_K[codes[s] * n + s]
+        spare_K[s] = abs(y)
+        codes[s] += np.int32(sparsity) if y < 0 else np.int32(0)
+    return energy, _sum(spare_K[:n])
+
+
+@compiled
+def _unpack_codes(row: Array, num_bits: int, n: int, trits_K: Array) -> None:
+    """`sparse.unpack_codes` of a row."""
+    trits_K[:] = _F32(0)
+    sparsity = 1 << (num_bits - 1)
+    for first in range(0, n, 8):
+        word, at = _U64(0), first // 8 * num_bits
+        for i in range(num_bits):
+            word |= _U64(row[at + i]) << _U64(8 * i)
+        for s in range(first, first + 8):
+            code = np.int64(word >> _U64((s - first) * num_bits)) & (2 * sparsity - 1)
+            trits_K[code % sparsity * n + s] = _F32(1) if code < sparsity else _F32(-1)
+
+
+@compiled
 def _sum_packed(t: int, packets: Any, y_K: Array, spare: Any) -> None:
     """The ranks' trits times levels."""
-    packed, stride, levels, table = packets
+    packed, stride, levels, table, num_bits = packets
     block, trits = len(y_K), spare[2]
-    num_bytes = -(-block // TRITS_PER_BYTE)
+    n = block >> max(0, num_bits - 1)
+    num_bytes = n // 8 * num_bits if num_bits else -(-block // TRITS_PER_BYTE)
     y_K[:] = _F32(0)
     for rank in range(len(levels)):
         row = packed[rank * stride + t * num_bytes :]
-        for i in range(num_bytes):
-            # all read before the first is written: the compiler cannot know that they do not overlap
-            byte = row[i]
-            a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
-            trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
+        if num_bits:
+            _unpack_codes(row, num_bits, n, trits[:block])
+        else:
+            for i in range(num_bytes):
+                # all read before the first is written: the compiler cannot know that they do not overlap
+                byte = row[i]
+                a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
+                trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
         level = levels[rank, t]
         for i in range(block):
             y_K[i] += level * trits[i]
@@ -383,6 +424,25 @@ def _quantize(
         for i in range(num_bytes):
             d = digits[5 * i : 5 * i + 5]
             packed[t, i] = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3] + 81 * d[4]
+
+
+@compiled
+def _quantize_sparsely(
+    first: int, last: int, source: Any, block: int, sparsity: int, packed: Array, energy: Array, kept: Array
+) -> None:
+    n, num_bits, y_K, spare = block // sparsity, 1, np.empty(block, _F32), _spare(block)
+    while 1 << num_bits <= sparsity:
+        num_bits += 1
+    codes, sizes = np.empty(n, np.int32), np.empty(n, np.int32)
+    for t in range(first, last):
+        _row(t, source, y_K, spare)
+        energy[t], kept[t] = _largest(y_K, sparsity, codes, spare[2][:block], sizes)
+        for group in range(0, n, 8):
+            word, at = _U64(0), group // 8 * num_bits
+            for s in range(group, group + 8):
+                word |= _U64(codes[s]) << _U64((s - group) * num_bits)
+            for i in range(num_bits):
+                packed[t, at + i] = np.uint8((word >> _U64(8 * i)) & _U64(255))
 
 
 @compiled
@@ -477,6 +537,14 @@ class NumbaKernels:
         _share(_quantize, num_rows, _source(rows), block, _array(sigma_T), *found)
         return packed_TP, energy_T, kept_T
 
+    def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
+        num_rows, block = rows.shape
+        packed_TP = torch.empty(num_rows, row_bytes(block, sparsity), dtype=torch.uint8)
+        energy_T, kept_T = _floats(num_rows), _floats(num_rows)
+        found = packed_TP.numpy(), energy_T.numpy(), kept_T.numpy()
+        _share(_quantize_sparsely, num_rows, _source(rows), block, sparsity, *found)
+        return packed_TP, energy_T, kept_T
+
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         num_rows, block = rows.shape
         digits = digits_per_lane(num_ranks)
@@ -497,7 +565,7 @@ class NumbaKernels:
 
 _NONE, _NO_ROWS, _NO_LANES = _floats(0).numpy(), _floats(0, 0).numpy(), np.empty((0, 0), np.int64)
 _NO_GRADIENT = _NONE, _NONE, _NO_LANES, np.empty(0, np.int32), 0, 0
-_NO_PACKETS = np.empty(0, np.uint8), 0, _NO_ROWS, _NO_ROWS
+_NO_PACKETS = np.empty(0, np.uint8), 0, _NO_ROWS, _NO_ROWS, 0
 
 
 def _source(rows: Rows) -> tuple[Any, ...]:
@@ -516,10 +584,12 @@ def _arrived(received: Received) -> tuple[Any, ...]:
         w = received.num_ranks
         return _NO_ROWS, _NO_PACKETS, received.lanes_TL.numpy(), digits_per_lane(w), received.levels_T.numpy(), w
     (w, num_rows, num_bytes), stride = received.packed_WTP.shape, received.packed_WTP.stride(0)
+    assert received.packed_WTP[0].is_contiguous()
     flat = received.packed_WTP.as_strided(((w - 1) * stride + num_rows * num_bytes if num_rows else 0,), (1,))
     levels = received.levels.float()
     own, shared = (_floats(w, num_rows).fill_(1), levels.numpy()) if levels.dim() == 1 else (levels, _NONE)
-    packets = flat.numpy(), stride, own.contiguous().numpy(), trits_of_byte(flat.device).numpy()
+    num_bits = code_bits(received.sparsity) if received.sparsity > 1 else 0
+    packets = flat.numpy(), stride, own.contiguous().numpy(), trits_of_byte(flat.device).numpy(), num_bits
     return _NO_ROWS, packets, _NO_LANES, 0, shared, w
 
 

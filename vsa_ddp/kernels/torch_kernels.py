@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vsa_ddp import hypervector, packing, ternary
+from vsa_ddp import hypervector, packing, sparse, ternary
 from vsa_ddp.kernels.interface import Keys, Received, Rows, Summed, encode
 from vsa_ddp.layout import BucketLayout, Slice
 from vsa_ddp.whitening import mean_squares
@@ -136,6 +136,10 @@ class TorchKernels:
         trits_TK, energy_T, kept_T = ternary.quantize(encode(rows), sigma_T)
         return packing.pack_trits(trits_TK), energy_T, kept_T
 
+    def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
+        codes_TS, energy_T, kept_T = sparse.quantize_sparsely(encode(rows), sparsity)
+        return sparse.pack_codes(codes_TS, sparsity), energy_T, kept_T
+
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         trits_TK, energy_T, kept_T = ternary.quantize(encode(rows), sigma_T)
         return packing.pack_digits(trits_TK, num_ranks), energy_T, kept_T
@@ -157,7 +161,11 @@ def mean_of(received: Received) -> Tensor:
         y_TK = torch.zeros(received.shape, dtype=torch.float32, device=levels.device)
         for rows in hypervector.row_slices(y_TK):
             for rank in range(num_ranks):
-                trits_TK = packing.unpack_trits(received.packed_WTP[rank, rows], block)
+                packed_TP = received.packed_WTP[rank, rows]
+                if received.sparsity == 1:
+                    trits_TK = packing.unpack_trits(packed_TP, block)
+                else:
+                    trits_TK = sparse.unpack_codes(packed_TP, received.sparsity)
                 if levels.dim() == 1:
                     y_TK[rows] += trits_TK
                 else:

@@ -25,8 +25,10 @@ from vsa_ddp.kernels.triton_rows import (
     bind,
     digits_at,
     encode_row,
+    largest,
     length_of_row,
     mean_row,
+    packed_codes,
     parameter_of_row,
     rotate,
     row_of,
@@ -35,6 +37,7 @@ from vsa_ddp.kernels.triton_rows import (
 )
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE
+from vsa_ddp.sparse import code_bits, row_bytes
 from vsa_ddp.whitening import mean_squares
 
 _PER_BYTE = tl.constexpr(TRITS_PER_BYTE)
@@ -68,6 +71,29 @@ def _quantize(
     bytes_P = tl.zeros((BLOCK,), tl.int32)
     for i in tl.static_range(_PER_BYTE):
         bytes_P += digits_at(digits_K, j * _PER_BYTE + i, K) * 3**i
+    tl.store(packed + t * P + j, bytes_P.to(tl.uint8), mask=j < P)
+
+
+@triton.jit(do_not_specialize=["step", "seed"])
+def _quantize_sparsely(
+    packed,
+    energy,
+    kept,
+    rows,
+    gradient,
+    step,
+    seed,
+    K: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BITS: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    y_K = row_of(rows, gradient, step, seed, t, K, STAGES, ALIGN)
+    codes_S = largest(y_K, energy, kept, t, K, STAGES, BITS)
+    bytes_P = packed_codes(codes_S, j, K >> (BITS - 1), BITS)
     tl.store(packed + t * P + j, bytes_P.to(tl.uint8), mask=j < P)
 
 
@@ -109,6 +135,7 @@ def _decode(
     K: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
+    BITS: tl.constexpr,
     DIGITS: tl.constexpr,
     BASE: tl.constexpr,
     L: tl.constexpr,
@@ -116,7 +143,7 @@ def _decode(
     t, i = tl.program_id(0).to(tl.int64), tl.arange(0, K)
     bucket, factors, table, owner = gradient
     offset, numel, num_rows, num_cols, first, count, factor, stream = parameter_of_row(table, owner, t, ALIGN)
-    y_K = rotate(mean_row(received, num_ranks, t, K, DIGITS, BASE, L), K, STAGES) * gain
+    y_K = rotate(mean_row(received, num_ranks, t, K, BITS, DIGITS, BASE, L), K, STAGES) * gain
     for slot in range(tl.cdiv(numel - (t - first) * K, count * K).to(tl.int32)):
         start = (slot * count + t - first) * K
         length = length_of_row(numel, start, K, ALIGN)
@@ -130,9 +157,18 @@ def _decode(
 
 
 @triton.jit(do_not_specialize=["num_ranks"])
-def _mean(y, received, num_ranks, K: tl.constexpr, DIGITS: tl.constexpr, BASE: tl.constexpr, L: tl.constexpr):
+def _mean(
+    y,
+    received,
+    num_ranks,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BASE: tl.constexpr,
+    L: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
-    tl.store(y + t * K + tl.arange(0, K), mean_row(received, num_ranks, t, K, DIGITS, BASE, L))
+    tl.store(y + t * K + tl.arange(0, K), mean_row(received, num_ranks, t, K, BITS, DIGITS, BASE, L))
 
 
 @triton.jit
@@ -210,6 +246,17 @@ class TritonKernels:
         _launch(_quantize, like, num_rows, packed_TP, energy_T, kept_T, *source, sigma_T, **sizes)
         return packed_TP, energy_T, kept_T
 
+    def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
+        num_rows, block = rows.shape
+        num_bytes = row_bytes(block, sparsity)
+        source, align, like = _source(rows)
+        packed_TP = like.new_empty(num_rows, num_bytes, dtype=torch.uint8)
+        energy_T, kept_T = _floats(like, num_rows), _floats(like, num_rows)
+        sizes = {**_by_rows(block), "ALIGN": align, "P": num_bytes, "BLOCK": _power_of_two(num_bytes)}
+        sizes |= {"BITS": code_bits(sparsity)}
+        _launch(_quantize_sparsely, like, num_rows, packed_TP, energy_T, kept_T, *source, **sizes)
+        return packed_TP, energy_T, kept_T
+
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         num_rows, block = rows.shape
         source, align, like = _source(rows)
@@ -240,17 +287,20 @@ def _source(rows: Rows) -> tuple[tuple[Any, ...], int, Tensor]:
 
 
 def _arrived(received: Received) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """What kernels take for a mean: floats, packets, lanes and levels that all share; ranks. And sizes of lanes."""
-    no_lanes = {"DIGITS": 1, "BASE": 1, "L": 1}
+    """What kernels take for a mean: floats, packets, lanes and levels that all share; ranks. And sizes of those."""
+    no_lanes = {"BITS": 0, "DIGITS": 1, "BASE": 1, "L": 1}
     if isinstance(received, Tensor):
         return ((received.contiguous(), None, None, None), 1), no_lanes
     if isinstance(received, Summed):
         lanes_TL, levels_T = received.lanes_TL.contiguous(), received.levels_T.contiguous()
-        return ((None, None, lanes_TL, levels_T), received.num_ranks), _of_lanes(received.shape[1], received.num_ranks)
+        lanes = {**no_lanes, **_of_lanes(received.shape[1], received.num_ranks)}
+        return ((None, None, lanes_TL, levels_T), received.num_ranks), lanes
     levels, shared_T = (received.levels, None) if received.levels.dim() == 2 else (None, received.levels.contiguous())
     strides = (0, 0) if levels is None else levels.stride()
+    assert received.packed_WTP[0].is_contiguous()
     packets = received.packed_WTP, received.packed_WTP.stride(0), levels, *strides
-    return ((None, packets, None, shared_T), len(received.packed_WTP)), no_lanes
+    codes = {**no_lanes, "BITS": code_bits(received.sparsity) if received.sparsity > 1 else 0}
+    return ((None, packets, None, shared_T), len(received.packed_WTP)), codes
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -139,21 +139,63 @@ def row_of(rows, gradient, step, seed, t, K: tl.constexpr, STAGES: tl.constexpr,
 
 
 @triton.jit
-def sum_packed(packets, num_ranks, t, K: tl.constexpr):
-    """The ranks' trits times their levels, or times one if there are none."""
+def largest(y_K, energy, kept, row, K: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr):
+    """`sparse.quantize_sparsely` of a row: block codes, int32. Stores the row's energy and what was kept of it."""
+    n: tl.constexpr = K >> (BITS - 1)
+    size_nS = tl.reshape(y_K.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (1 << (BITS - 1), n))
+    size_S, place_S = tl.max(size_nS, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(energy + row, row_sum(y_K * y_K, K, STAGES))
+    tl.store(kept + row, row_sum(size_S.to(tl.float32, bitcast=True), n, STAGES - BITS + 1))
+    y_S = tl.gather(y_K, place_S * n + tl.arange(0, n), 0)
+    return place_S + tl.where(y_S < 0, 1 << (BITS - 1), 0)
+
+
+@triton.jit
+def packed_codes(codes_S, byte, n: tl.constexpr, BITS: tl.constexpr):
+    """Some bytes of `sparse.pack_codes` of a row, int32."""
+    first = byte * 8 // BITS
+    found = tl.zeros_like(byte)
+    for i in tl.static_range((BITS + 14) // BITS):
+        s = first + i
+        shift = s * BITS - byte * 8
+        code = tl.where(s < n, tl.gather(codes_S, tl.minimum(s, n - 1), 0), 0)
+        found |= tl.where(shift < 0, code >> tl.maximum(-shift, 0), code << tl.minimum(tl.maximum(shift, 0), 8))
+    return found & 255
+
+
+@triton.jit
+def trits_of_codes(packed, K: tl.constexpr, BITS: tl.constexpr):
+    """`sparse.unpack_codes` of a row."""
+    n: tl.constexpr = K >> (BITS - 1)
+    element = tl.arange(0, K)
+    bit = element % n * BITS
+    low = tl.load(packed + bit // 8).to(tl.int32)
+    # a code that ends with a byte needs no other, which might lie beyond the packet
+    high = tl.load(packed + bit // 8 + 1, mask=bit % 8 + BITS > 8, other=0).to(tl.int32)
+    code = (low | high << 8) >> bit % 8
+    sign = (1 - (code >> (BITS - 1) & 1) * 2).to(tl.float32)
+    return tl.where((code & ((1 << (BITS - 1)) - 1)) == element // n, sign, 0.0)
+
+
+@triton.jit
+def sum_packed(packets, num_ranks, t, K: tl.constexpr, BITS: tl.constexpr):
+    """The ranks' trits times their levels, or times one if there are none. BITS of a block code, 0 for all trits."""
     packed, rank_stride, levels, level_rank_stride, level_stride = packets
     element = tl.arange(0, K)
     place = element % _PER_BYTE
     # byte // 3**place is byte * inverse >> 16, for each of 0..255
     inverse = tl.where(place == 0, 65536, tl.where(place == 1, 21846, tl.where(place == 2, 7282, 2428)))
     inverse = tl.where(place == 4, 810, inverse)
-    packed += t * tl.cdiv(K, _PER_BYTE)
+    packed += t * ((K >> (BITS - 1)) // 8 * BITS if BITS else tl.cdiv(K, _PER_BYTE))
     if levels is not None:
         levels += t * level_stride
     y_K = tl.zeros((K,), tl.float32)
     for _ in range(num_ranks):
-        byte = tl.load(packed + element // _PER_BYTE).to(tl.int32)
-        x_K = ((byte * inverse >> 16) % 3 - 1).to(tl.float32)
+        if BITS:
+            x_K = trits_of_codes(packed, K, BITS)
+        else:
+            byte = tl.load(packed + element // _PER_BYTE).to(tl.int32)
+            x_K = ((byte * inverse >> 16) % 3 - 1).to(tl.float32)
         packed += rank_stride
         if levels is not None:
             x_K *= tl.load(levels).to(tl.float32)
@@ -174,7 +216,16 @@ def sums_of_digits(lanes, t, K: tl.constexpr, DIGITS: tl.constexpr, BASE: tl.con
 
 
 @triton.jit
-def mean_row(received, num_ranks, t, K: tl.constexpr, DIGITS: tl.constexpr, BASE: tl.constexpr, L: tl.constexpr):
+def mean_row(
+    received,
+    num_ranks,
+    t,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BASE: tl.constexpr,
+    L: tl.constexpr,
+):
     """A row of `interface.Received`: of floats, of lanes or of packed trits, whichever there is."""
     rows, packets, lanes, shared = received
     if rows is not None:
@@ -183,7 +234,7 @@ def mean_row(received, num_ranks, t, K: tl.constexpr, DIGITS: tl.constexpr, BASE
         if lanes is not None:
             y_K = sums_of_digits(lanes, t, K, DIGITS, BASE, L)
         else:
-            y_K = sum_packed(packets, num_ranks, t, K)
+            y_K = sum_packed(packets, num_ranks, t, K, BITS)
         if shared is not None:
             y_K *= tl.load(shared + t)
         y_K = tl.div_rn(y_K, num_ranks.to(tl.float32))

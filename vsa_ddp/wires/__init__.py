@@ -10,6 +10,7 @@ from vsa_ddp.wires.courier import Courier
 from vsa_ddp.wires.hierarchical import Hierarchical
 from vsa_ddp.wires.link import Link, keep_for_current_stream, make_cpu_twin, num_groups_made
 from vsa_ddp.wires.message import Mean, Message, Rounds, Wire
+from vsa_ddp.wires.seal import Inspection, Subject
 from vsa_ddp.wires.two_shot import TwoShot
 
 WIRES: dict[str, Wire] = {"all_gather": AllGather(), "all_reduce": AllReduce(), "two_shot": TwoShot()}
@@ -21,10 +22,12 @@ __all__ = [
     "AllReduce",
     "Courier",
     "Hierarchical",
+    "Inspection",
     "Link",
     "Mean",
     "Message",
     "Rounds",
+    "Subject",
     "TwoShot",
     "Wire",
     "keep_for_current_stream",

@@ -28,7 +28,7 @@ class AllGather:
     def exchange(self, message: Message, link: Link) -> Rounds:
         w, shape = link.world_size, message.rows.shape
         sigma_T = message.sigma_T if self.shared_sigma else None
-        packed_TP, energy_T, kept_T = message.kernels.quantize(message.rows, sigma_T)
+        packed_TP, energy_T, kept_T = message.quantize(message.rows, sigma_T)
         levels = torch.cat([energy_T, kept_T]) if self.shared_sigma else level(energy_T, kept_T)
         mine = Packet(packed_TP, levels.bfloat16(), message.scales_S.bfloat16(), message.exact_E)
         future, packets = link.all_gather(pack_packet(mine))
@@ -48,4 +48,4 @@ class AllGather:
         if self.shared_sigma:
             levels_T, sigma_T = shared_level(levels_sum, w, shape[1])
             return Mean(Packed(theirs.packed_TP, levels_T, shape), exact_E, scales_S, sigma_T)
-        return Mean(Packed(theirs.packed_TP, theirs.levels_T, shape), exact_E, scales_S)
+        return Mean(Packed(theirs.packed_TP, theirs.levels_T, shape, message.sparsity), exact_E, scales_S)

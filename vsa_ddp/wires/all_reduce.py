@@ -32,7 +32,8 @@ class AllReduce:
         # bfloat16's 8 bits: sums of them are exact in any order, and the same as AllGather's
         levels = torch.cat([energy_T, kept_T]).bfloat16()
         sides = torch.cat([part.double() for part in (levels, message.scales_S.bfloat16(), message.exact_E)])
-        yield link.all_reduce_sum_(lanes, sides)
+        future, lanes = link.all_reduce_sum(lanes, sides)
+        yield future
 
         keep_for_current_stream(lanes, sides)
         first, second = levels.numel(), levels.numel() + message.scales_S.numel()

@@ -21,6 +21,7 @@ from vsa_ddp.stats import ByteCounter
 from vsa_ddp.wires.hierarchical import Hierarchical
 from vsa_ddp.wires.link import Link, make_groups
 from vsa_ddp.wires.message import Mean, Message, Rounds, Wire
+from vsa_ddp.wires.seal import NOTHING, Inspection, Subject
 
 _Job = Callable[[], None]
 
@@ -43,10 +44,15 @@ class Courier:
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._error: Exception | None = None
+        self.inspection = Inspection()
 
-    def link(self, counter: ByteCounter) -> Link:
-        """The link for one bucket."""
-        return self._groups.link(counter)
+    def link(self, counter: ByteCounter, subject: Subject = NOTHING) -> Link:
+        """The link for one bucket.
+
+        Raises: RuntimeError if a GPU has found out that an earlier message arrived damaged.
+        """
+        self.inspection.raise_late()
+        return self._groups.link(counter, subject, self.inspection)
 
     def carry(self, message: Message, link: Link) -> tuple[Future[Any], Callable[[], Mean]]:
         """Begin the exchange. Returns a future, and what gives the mean once the future is done; never waits.

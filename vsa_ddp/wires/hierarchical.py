@@ -57,7 +57,7 @@ class Hierarchical:
             mean_F += floats_F
         y, exact, scales = torch.split(mean_F / size, [part.shape[1] for part in mine])
         y_tK, exact_E = y.view(-1, block).float(), exact.to(message.exact_E.dtype)
-        shard = Message(kernels, y_tK, exact_E, scales.float(), sigma_t, keys_tC)
+        shard = Message(kernels, y_tK, exact_E, scales.float(), sigma_t, keys_tC, message.sparsity)
         mean = yield from self.between.exchange(shard, link.between)
 
         found = [kernels.mean(mean.rows).flatten(), mean.exact_E, mean.scales_S]

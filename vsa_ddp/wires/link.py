@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from vsa_ddp.stats import ByteCounter
+from vsa_ddp.wires.seal import NOTHING, Inspection, Subject, contents, inspected, seal
 
 # torch 2.13 renamed it and warns about the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,6 +37,7 @@ CHUNK_BYTES = 256 * 1024
 class Link:
     """The ranks of one group, as one bucket sees them.
 
+    What leaves the node is sealed (see `seal`): a message that was damaged, or is about another bucket or step, raises.
     A wire's first round runs in the thread of backward, its later ones in another (see `Courier`): both are in bucket
     order, but each needs a process group of its own, or ranks would pair up different collectives.
     """
@@ -49,11 +51,15 @@ class Link:
         node: "Link | None" = None,
         between: "Link | None" = None,
         is_local: bool = False,
+        subject: Subject = NOTHING,
+        inspection: Inspection | None = None,
     ) -> None:
         self._group = group
         self._later_group = later_group
         self._counter = counter
         self._is_local = is_local
+        self._subject = subject
+        self._inspection = inspection if inspection is not None else Inspection()
         self._node = node
         self._between = between
         self.rank = group.rank()
@@ -97,9 +103,34 @@ class Link:
                 works.append(dist.all_reduce(tensor, group=self._group, async_op=True))
         return _when_all_done(works)
 
+    def all_reduce_sum(self, lanes: Tensor, floats: Tensor) -> tuple[Future[Any], Tensor]:
+        """Sum over the ranks of int64 `lanes`, exact, and beside them of floats, in place.
+
+        Shapes: any, any -> a future, and the lanes' sum, valid once the future is done.
+        """
+        sealed = seal(lanes.flatten(), self._subject)
+        future = self.all_reduce_sum_(sealed, floats)
+        look = inspected(sealed, self._subject, self._inspection, self.world_size)
+        return future.then(look), contents(sealed, lanes.flatten()).view(lanes.shape)
+
     def all_gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
         """Every rank's packet. Shapes: (P,) -> a future, and (W, P), valid once the future is done."""
-        self._count(packet_P.nbytes, packet_P.nbytes * (self.world_size - 1))
+        sealed = packet_P if self._is_local else seal(packet_P, self._subject)
+        self._count(sealed.nbytes, sealed.nbytes * (self.world_size - 1))
+        return self._opened(*self._gather(sealed), packet_P)
+
+    def all_to_all(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
+        """Row w to rank w. Shapes: (W, P) -> a future, and (W, P), row w from rank w, valid once the future is done."""
+        sealed = packets_WP if self._is_local else seal(packets_WP, self._subject)
+        self._count(sealed.nbytes, sealed.nbytes * (self.world_size - 1) // self.world_size)
+        return self._opened(*self._exchange(sealed), packets_WP)
+
+    def _opened(self, future: Future[Any], arrived: Tensor, like: Tensor) -> tuple[Future[Any], Tensor]:
+        if self._is_local:
+            return future, arrived
+        return future.then(inspected(arrived, self._subject, self._inspection)), contents(arrived, like)
+
+    def _gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
         packets_WP = packet_P.new_empty(self.world_size, packet_P.shape[0])
         if packet_P.is_cuda or packet_P.nbytes <= CHUNK_BYTES:
             works = [_all_gather(packets_WP.view(-1), packet_P, group=self._group, async_op=True)]
@@ -110,9 +141,7 @@ class Link:
             ]
         return _when_all_done(works), packets_WP
 
-    def all_to_all(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
-        """Row w to rank w. Shapes: (W, P) -> a future, and (W, P), row w from rank w, valid once the future is done."""
-        self._count(packets_WP.nbytes, packets_WP.nbytes * (self.world_size - 1) // self.world_size)
+    def _exchange(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
         received_WP = torch.empty_like(packets_WP)
         if packets_WP.is_cuda or packets_WP[0].nbytes <= CHUNK_BYTES:
             work = dist.all_to_all_single(received_WP, packets_WP, group=self._group, async_op=True)
@@ -173,13 +202,21 @@ class Groups:
     node_later: dist.ProcessGroup | None = None
     between: dist.ProcessGroup | None = None
 
-    def link(self, counter: ByteCounter) -> Link:
+    def link(self, counter: ByteCounter, subject: Subject, inspection: Inspection) -> Link:
         """The link of one bucket."""
         node = between = None
         if self.node is not None and self.between is not None:
             node = Link(self.node, counter, later_group=self.node_later, is_local=True)
-            between = Link(self.between, counter)
-        return Link(self.whole, counter, later_group=self.later, node=node, between=between)
+            between = Link(self.between, counter, subject=subject, inspection=inspection)
+        return Link(
+            self.whole,
+            counter,
+            later_group=self.later,
+            node=node,
+            between=between,
+            subject=subject,
+            inspection=inspection,
+        )
 
 
 def make_groups(whole: dist.ProcessGroup, num_rounds: int, nodes: list[list[int]] | None) -> Groups:

@@ -31,6 +31,14 @@ class Message:
     """Standard deviation of the rows as all ranks know it, zero where they do not yet, if the wire asks for it."""
     keys_TC: Tensor | None = None
     """Words of fresh keys, the same on all ranks, if the wire rounds a second time. (T, K / 32) int32."""
+    sparsity: int = 1
+    """How many elements of a row share a trit."""
+
+    def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`Kernels.quantize`, or `quantize_sparsely` where elements share trits."""
+        if self.sparsity > 1:
+            return self.kernels.quantize_sparsely(rows, self.sparsity)
+        return self.kernels.quantize(rows, sigma_T)
 
 
 @dataclass(frozen=True)

@@ -12,5 +12,5 @@ def shards(rows: Tensor, num_ranks: int) -> Tensor:
 
 
 def joined(shards_Wm: Tensor, num_rows: int) -> Tensor:
-    """Invert `shards`. Shapes: (W, m, ...) -> (n, ...)."""
-    return shards_Wm.flatten(0, 1)[:num_rows]
+    """Invert `shards`. Shapes: (W, m, ...), which may have gaps between the ranks -> (n, ...) without."""
+    return shards_Wm.flatten(0, 1)[:num_rows].contiguous()

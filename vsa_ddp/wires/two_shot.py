@@ -31,7 +31,7 @@ class TwoShot:
     def exchange(self, message: Message, link: Link) -> Rounds:
         assert message.keys_TC is not None
         w, kernels, (num_blocks, block) = link.world_size, message.kernels, message.rows.shape
-        packed_TP, energy_T, kept_T = kernels.quantize(message.rows)
+        packed_TP, energy_T, kept_T = message.quantize(message.rows)
         first = Packet(
             shards(packed_TP, w),
             shards(level(energy_T, kept_T).bfloat16(), w),
@@ -50,8 +50,8 @@ class TwoShot:
         for rank in range(w):
             exact += arrived.exact_E[rank]
             scales += arrived.scales_S[rank]
-        y_tK = kernels.mean(Packed(arrived.packed_TP, arrived.levels_T, (len(keys_tK), block)))
-        packed_tP, energy_t, kept_t = kernels.quantize(kernels.rotate(bind(y_tK, keys_tK)))
+        y_tK = kernels.mean(Packed(arrived.packed_TP, arrived.levels_T, (len(keys_tK), block), message.sparsity))
+        packed_tP, energy_t, kept_t = message.quantize(kernels.rotate(bind(y_tK, keys_tK)))
         second = Packet(
             packed_tP,
             level(energy_t, kept_t).bfloat16(),
@@ -64,7 +64,9 @@ class TwoShot:
         keep_for_current_stream(packets, message.keys_TC)
         arrived = unpack_packet(packets, like=second)
         rows_TP, levels_T = joined(arrived.packed_TP, num_blocks), joined(arrived.levels_T, num_blocks)
-        y_TK = kernels.rotate(kernels.mean(Packed(rows_TP[None], levels_T[None], (num_blocks, block))))
+        y_TK = kernels.rotate(
+            kernels.mean(Packed(rows_TP[None], levels_T[None], (num_blocks, block), message.sparsity))
+        )
         return Mean(
             unbind(y_TK, unpack_keys(message.keys_TC)),
             joined(arrived.exact_E, message.exact_E.shape[0]),
