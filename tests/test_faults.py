@@ -1,10 +1,13 @@
 """What must not work fails on every rank with a clear error; what overflows leaves no trace."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 import vsa_ddp
 from tests.models import digest, gradients, loss_of, net, step_digests
 from tests.ranks import run_ranks
+from tests.test_ddp import on_every_wire
 from vsa_ddp import VsaConfig, VsaState, vsa_hook
+from vsa_ddp.codec import Codec
+from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.wires import WIRES
 
 
@@ -265,6 +271,68 @@ def peer_dies(rank: int, world_size: int, settings: dict[str, Any]) -> str:
 @pytest.mark.parametrize("settings", [*({"wire": wire} for wire in WIRES), {"ranks_per_node": 2}])
 def test_a_peer_that_is_gone_is_an_error_not_a_local_gradient(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert run_ranks(peer_dies, 2, tmp_path, settings, seconds=20) == ["RuntimeError", "gone"]
+
+
+def broken_on_rank_1(rank: int, place: str) -> Callable[[], None]:
+    """Let a stage of the second bucket of a step raise on rank 1 alone. Returns what mends it."""
+    owner, name, error = {
+        "encode": (Codec, "encode", torch.OutOfMemoryError("no memory to encode")),
+        "decode": (Codec, "decode_", MemoryError("no memory to decode")),
+        "second round": (TorchKernels, "mean", torch.OutOfMemoryError("no memory for the second round")),
+    }[place]
+    whole, calls = getattr(owner, name), itertools.count()
+
+    def broken(*args: Any) -> Any:
+        if rank == 1 and next(calls) == 1:
+            raise error
+        return whole(*args)
+
+    setattr(owner, name, broken)
+    return lambda: setattr(owner, name, whole)
+
+
+def one_rank_raises(rank: int, world_size: int, settings: dict[str, Any], places: list[str]) -> dict[str, Any]:
+    """By place: what backward raised, and the seconds until then."""
+    found: dict[str, Any] = {}
+    for place in places:
+        group = dist.new_group(timeout=timedelta(seconds=3))
+        model = DDP(net(), bucket_cap_mb=0.05, process_group=group)
+        vsa_ddp.register(model, backend="torch", **settings)
+        for step in range(2):
+            loss_of(model, step, rank).backward()
+        loss = loss_of(model, 2, rank)
+        mend = broken_on_rank_1(rank, place)
+        start = time.monotonic()
+        try:
+            loss.backward()
+            found[place] = None
+        except Exception as error:
+            found[place] = type(error).__name__, str(error), time.monotonic() - start
+        mend()
+        dist.barrier()
+    return found
+
+
+@on_every_wire
+def test_what_is_raised_on_one_rank_is_read_there_and_an_error_elsewhere(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    several_rounds = settings.get("wire") == "two_shot" or "ranks_per_node" in settings
+    places = ["encode", "decode", *(["second round"] if several_rounds else [])]
+    peer, failed = run_ranks(one_rank_raises, 2, tmp_path, settings, places)
+    # raised in the hook itself: backward gets it as it is
+    assert failed["encode"][:2] == ("OutOfMemoryError", "no memory to encode")
+    # raised in a callback: torch wraps it
+    for place, text in (("decode", "MemoryError: no memory to decode"), ("second round", "no memory for the second")):
+        if place in places:
+            kind, message, _ = failed[place]
+            assert kind == "RuntimeError"
+            assert text in message
+    assert peer["decode"] is None  # it had all that it needed
+    for place in set(places) - {"decode"}:
+        kind, _, seconds = peer[place]
+        assert kind == "RuntimeError"
+        assert seconds < 30
 
 
 def impossible_nodes(rank: int, world_size: int) -> list[tuple[str, str]]:

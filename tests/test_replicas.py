@@ -72,7 +72,26 @@ def unchecked_run(rank: int, world_size: int) -> tuple[int, int, list[int]]:
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_comparison_is_two_numbers_per_parameter(tmp_path: Path, world_size: int) -> None:
     for _, more, (num_parameters,) in run_ranks(unchecked_run, world_size, tmp_path):
-        assert more == 3 * 16 * num_parameters  # at the first step, 4 and 8
+        assert more == 3 * 8 * (1 + 2 * num_parameters)  # at the first step, 4 and 8
+
+
+def joined_run(rank: int, world_size: int) -> int:
+    """Ranks of uneven inputs: who has joined makes no optimizer steps, and gets the others' parameters at the end."""
+    model = DDP(net(), bucket_cap_mb=0.05)
+    state = vsa_ddp.register(model, check_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with model.join():
+        for step in range(3 + 3 * rank):
+            optimizer.zero_grad()
+            loss_of(model, step, rank).backward()
+            optimizer.step()
+    for step in range(3):
+        loss_of(model, step, rank).backward()
+    return state.step
+
+
+def test_a_rank_that_has_joined_is_no_alarm(tmp_path: Path) -> None:
+    assert run_ranks(joined_run, 2, tmp_path) == [9, 9]
 
 
 class Halves(nn.Module):

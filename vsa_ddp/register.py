@@ -64,19 +64,30 @@ def register(
         settings: fields of `VsaConfig` that override the choice, `bundle=16` for example.
 
     With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor(bundle)`.
-    Raises: TypeError if the model is not a DistributedDataParallel; ValueError for an impossible setting;
-        RuntimeError (DDP's own) if the model has a hook already.
+    Raises: TypeError if the model is not a DistributedDataParallel; ValueError for an impossible setting, or an
+        optimizer that steps inside a hook of its own; RuntimeError if the model has a hook already.
     """
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
             f"register needs a DistributedDataParallel model, got {type(ddp_model).__name__}; "
             "wrap it first, DistributedDataParallel(model), and call torch.compile last."
         )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside a hook of its own, and its step() does "
+            "nothing; make it with overlap_with_ddp=False."
+        )
     family = optimizer_family(optimizer)
     config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
     state = VsaState(ddp_model.process_group, config, mesh)
     state.name_parameters(averaged_parameters(ddp_model))
-    ddp_model.register_comm_hook(state, vsa_hook)
+    try:
+        ddp_model.register_comm_hook(state, vsa_hook)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error} This model has a hook already: one of yours, or DDP's own for mixed_precision= or an optimizer "
+            "in backward."
+        ) from error
     if family == "adam" and config.wire != "dense":
         factor = learning_rate_factor(config.bundle, config.sparsity)
         logger.info("learning rate: times %.2f suits bundle %d, sparsity %d", factor, config.bundle, config.sparsity)

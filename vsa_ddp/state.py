@@ -108,7 +108,7 @@ class VsaState:
             self._counter.start_step()
             self._replicas.finish(self._courier.inspection)
             if self._replicas.due(self.step):
-                self._replicas.begin(self._names.parameters(), link, self.step)
+                self._replicas.begin(self._names.parameters(), buffer, link, self.step)
         self._counter.add(dense_bytes=buffer.nbytes, num_elements=buffer.numel())
         return codec, link, self.step
 
@@ -238,7 +238,7 @@ class VsaState:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
         if self.config.check_interval:
-            self._replicas.begin(self._names.parameters(), courier.link(self._counter), self.step)
+            self._replicas.begin(self._names.parameters(), buffer, courier.link(self._counter), self.step)
             self._replicas.finish(courier.inspection)
         where = f" in {num_peers} nodes" if nodes else ""
         logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
