@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from tests.models import digest, gradients, loss_of, net
+from tests.models import digest, gradients, loss_of, net, step_digests
 from tests.ranks import run_ranks
 from tests.test_ddp import on_every_wire
+from vsa_ddp import VsaConfig, VsaState, vsa_hook
 from vsa_ddp.wires import WIRES, link
 
 Shapes = Sequence[tuple[int, ...]]
@@ -120,6 +121,28 @@ def test_a_gradient_of_any_size_is_forgotten_in_the_next_step(tmp_path: Path, se
     assert all(digests == ranks[0] for digests in ranks)
 
 
+def backends(rank: int, world_size: int, settings: dict[str, Any]) -> list[list[str]]:
+    """Digests by backend, of buckets from one rotation block to one more than there are ranks."""
+    digests: list[list[str]] = []
+    shapes = [[(32 * num_blocks, 32)] for num_blocks in range(1, world_size + 2)]
+    for backend in ("torch", "numba"):
+        digests.append([])
+        for shape in shapes:
+            model = DDP(Parameters(shape))
+            vsa_ddp.register(model, bundle=1, backend=backend, **settings)
+            for step in range(3):
+                model.zero_grad()
+                model(made(shape, step, rank)).backward()
+                digests[-1].append(digest(gradients(model).values()))
+    return digests
+
+
+@on_every_wire
+def test_backends_have_the_same_bits_in_the_smallest_buckets(tmp_path: Path, settings: dict[str, Any]) -> None:
+    for by_torch, by_numba in run_ranks(backends, 4, tmp_path, settings):
+        assert by_torch == by_numba
+
+
 def sizes_alike(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
     """The same gradients in units of 1, 2**-59 and 2**49."""
     shapes, digests = [(80, 128), (64,)], []
@@ -146,8 +169,8 @@ ODD_SHAPES: Shapes = [(), (1,), (1, 1), (0,), (0, 5), (7, 0, 3), (1, 1024), (204
 
 def odd_shapes(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
     digests = []
-    # all in one bucket, and small ones each as a model of one parameter
-    for shapes in ([*ODD_SHAPES], *([shape] for shape in ODD_SHAPES if 1 <= math.prod(shape) <= 1024)):
+    # all in one bucket, and each as a model of one parameter
+    for shapes in ([*ODD_SHAPES], *([shape] for shape in ODD_SHAPES)):
         model = DDP(Parameters(shapes))
         state = vsa_ddp.register(model, bundle=1, **settings)
         for step in range(4):
@@ -166,6 +189,40 @@ def odd_shapes(rank: int, world_size: int, settings: dict[str, Any]) -> list[str
 def test_parameters_of_any_shape_also_alone(tmp_path: Path, settings: dict[str, Any]) -> None:
     ranks = run_ranks(odd_shapes, 2, tmp_path, settings)
     assert all(digests == ranks[0] for digests in ranks)
+
+
+class NothingInHalf(nn.Module):
+    """DDP makes a bucket for each dtype: here one of a parameter without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(0, dtype=torch.bfloat16))
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.nothing.float().sum()
+
+
+def a_bucket_of_nothing(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
+    model = DDP(NothingInHalf(), bucket_cap_mb=0.05)
+    vsa_ddp.register(model, **settings)
+    return step_digests(model, rank, 4)
+
+
+def without_it(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
+    model = DDP(net(), bucket_cap_mb=0.05)
+    state = VsaState(config=VsaConfig(**settings))
+    # keys follow from names
+    state.name_parameters((f"net.{name}", p) for name, p in model.module.named_parameters())
+    model.register_comm_hook(state, vsa_hook)
+    return step_digests(model, rank, 4)
+
+
+@pytest.mark.parametrize("wire", sorted(WIRES))
+def test_a_bucket_without_elements_changes_no_bit(tmp_path: Path, wire: str) -> None:
+    # a gradient without elements adds nothing to a digest
+    with_it = run_ranks(a_bucket_of_nothing, 2, tmp_path, {"wire": wire})
+    assert with_it == run_ranks(without_it, 2, tmp_path, {"wire": wire})
 
 
 HABITS = ["none", "forward passes without backward", "forward passes without grad", "zeros instead of none"]
