@@ -147,7 +147,6 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "_encode",
         "_mean",
         "_quantize",
-        "_quantize_to_digits",
         "_rotate",
     ]
 
