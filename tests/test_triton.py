@@ -158,7 +158,6 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "_mean",
         "_quantize",
         "_quantize_sparsely",
-        "_quantize_to_digits",
         "_rotate",
     ]
 

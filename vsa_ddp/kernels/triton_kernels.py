@@ -40,38 +40,11 @@ from vsa_ddp.packing import TRITS_PER_BYTE
 from vsa_ddp.sparse import code_bits, row_bytes
 from vsa_ddp.whitening import mean_squares
 
-_PER_BYTE = tl.constexpr(TRITS_PER_BYTE)
-
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _encode(y, gradient, step, seed, K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     tl.store(y + t * K + tl.arange(0, K), encode_row(gradient, step, seed, t, K, STAGES, ALIGN))
-
-
-@triton.jit(do_not_specialize=["step", "seed"])
-def _quantize(
-    packed,
-    energy,
-    kept,
-    rows,
-    gradient,
-    step,
-    seed,
-    sigma,
-    K: tl.constexpr,
-    STAGES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    t, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    y_K = row_of(rows, gradient, step, seed, t, K, STAGES, ALIGN)
-    digits_K = ternarise(y_K, sigma, energy, kept, t, K, STAGES)
-    bytes_P = tl.zeros((BLOCK,), tl.int32)
-    for i in tl.static_range(_PER_BYTE):
-        bytes_P += digits_at(digits_K, j * _PER_BYTE + i, K) * 3**i
-    tl.store(packed + t * P + j, bytes_P.to(tl.uint8), mask=j < P)
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
@@ -98,8 +71,8 @@ def _quantize_sparsely(
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def _quantize_to_digits(
-    lanes,
+def _quantize(
+    words,
     energy,
     kept,
     rows,
@@ -112,16 +85,19 @@ def _quantize_to_digits(
     ALIGN: tl.constexpr,
     DIGITS: tl.constexpr,
     BASE: tl.constexpr,
-    L: tl.constexpr,
+    NEXT_WORD: tl.constexpr,
+    NEXT_DIGIT: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Trits plus one as digits of words: so many trits on is the next word, or the next digit of a word."""
     t, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     y_K = row_of(rows, gradient, step, seed, t, K, STAGES, ALIGN)
     digits_K = ternarise(y_K, sigma, energy, kept, t, K, STAGES)
-    lanes_L = tl.zeros((BLOCK,), tl.int64)
+    words_J = tl.zeros((BLOCK,), tl.int64 if words.dtype.element_ty == tl.int64 else tl.int32)
     for i in tl.static_range(DIGITS):
-        lanes_L = lanes_L * BASE + digits_at(digits_K, j + (DIGITS - 1 - i) * L, K)
-    tl.store(lanes + t * L + j, lanes_L, mask=j < L)
+        words_J = words_J * BASE + digits_at(digits_K, j * NEXT_WORD + (DIGITS - 1 - i) * NEXT_DIGIT, K)
+    tl.store(words + t * NUM_WORDS + j, words_J.to(words.dtype.element_ty), mask=j < NUM_WORDS)
 
 
 @triton.jit(do_not_specialize=["step", "seed", "num_ranks"])
@@ -236,15 +212,9 @@ class TritonKernels:
         return rotated_TK
 
     def quantize(self, rows: Rows, sigma_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, block = rows.shape
-        num_bytes = -(-block // TRITS_PER_BYTE)
-        source, align, like = _source(rows)
-        packed_TP = like.new_empty(num_rows, num_bytes, dtype=torch.uint8)
-        energy_T, kept_T = _floats(like, num_rows), _floats(like, num_rows)
-        sigma_T = None if sigma_T is None else sigma_T.contiguous()
-        sizes = {**_by_rows(block), "ALIGN": align, "P": num_bytes, "BLOCK": _power_of_two(num_bytes)}
-        _launch(_quantize, like, num_rows, packed_TP, energy_T, kept_T, *source, sigma_T, **sizes)
-        return packed_TP, energy_T, kept_T
+        num_bytes = -(-rows.shape[1] // TRITS_PER_BYTE)
+        digits = {"DIGITS": TRITS_PER_BYTE, "BASE": 3, "NEXT_WORD": TRITS_PER_BYTE, "NEXT_DIGIT": 1}
+        return _quantized(rows, sigma_T, torch.uint8, num_bytes, digits)
 
     def quantize_sparsely(self, rows: Rows, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
         num_rows, block = rows.shape
@@ -258,14 +228,9 @@ class TritonKernels:
         return packed_TP, energy_T, kept_T
 
     def quantize_to_digits(self, rows: Rows, sigma_T: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, block = rows.shape
-        source, align, like = _source(rows)
-        sizes = _of_lanes(block, num_ranks)
-        lanes_TL = like.new_empty(num_rows, sizes["L"], dtype=torch.int64)
-        energy_T, kept_T = _floats(like, num_rows), _floats(like, num_rows)
-        sizes |= {**_by_rows(block), "ALIGN": align, "BLOCK": _power_of_two(sizes["L"])}
-        _launch(_quantize_to_digits, like, num_rows, lanes_TL, energy_T, kept_T, *source, sigma_T.contiguous(), **sizes)
-        return lanes_TL, energy_T, kept_T
+        sizes = _of_lanes(rows.shape[1], num_ranks)
+        num_lanes = sizes.pop("L")
+        return _quantized(rows, sigma_T, torch.int64, num_lanes, {**sizes, "NEXT_WORD": 1, "NEXT_DIGIT": num_lanes})
 
     def mean(self, received: Received) -> Tensor:
         if isinstance(received, Tensor):
@@ -275,6 +240,20 @@ class TritonKernels:
         arguments, sizes = _arrived(received)
         _launch(_mean, y_TK, len(y_TK), y_TK, *arguments, **sizes, K=received.shape[1])
         return y_TK
+
+
+def _quantized(
+    rows: Rows, sigma_T: Tensor | None, dtype: torch.dtype, num_words: int, digits: dict[str, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trits as digits of words, the rows' energies, and what was kept of them."""
+    num_rows, block = rows.shape
+    source, align, like = _source(rows)
+    words_TJ = like.new_empty(num_rows, num_words, dtype=dtype)
+    energy_T, kept_T = _floats(like, num_rows), _floats(like, num_rows)
+    sigma_T = None if sigma_T is None else sigma_T.contiguous()
+    sizes = {**_by_rows(block), **digits, "ALIGN": align, "NUM_WORDS": num_words, "BLOCK": _power_of_two(num_words)}
+    _launch(_quantize, like, num_rows, words_TJ, energy_T, kept_T, *source, sigma_T, **sizes)
+    return words_TJ, energy_T, kept_T
 
 
 def _source(rows: Rows) -> tuple[tuple[Any, ...], int, Tensor]:
