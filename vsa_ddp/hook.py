@@ -56,5 +56,4 @@ def vsa_hook(
             state.update_scales(codec, mean.scales_S, mean.sigma_T)
         return buffer
 
-    state.end(bucket)
     return future.then(decode)
