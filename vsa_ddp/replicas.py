@@ -2,7 +2,9 @@
 broken memory) is seen nowhere else, for the loss goes on falling.
 
 One number per parameter travels, beside its square: W sum(d^2) = sum(d)^2 means that all W ranks have the same d. In
-integers modulo 2**64, so there are no false alarms, and every rank comes to the same answer.
+integers modulo 2**64, so there are no false alarms, and every rank comes to the same answer. Ranks that have run out of
+data (DDP's `join`) get everyone's parameters in the end and do not count until then: they send zeros, and W counts the
+others.
 
 Shape letters: P parameters.
 """
@@ -25,18 +27,23 @@ class ReplicaCheck:
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
-        self._under_way: tuple[Future[Any], Tensor, int, Sequence[str], int] | None = None
+        self._under_way: tuple[Future[Any], Tensor, int, Sequence[str]] | None = None
 
     def due(self, step: int) -> bool:
         """Whether this step begins with a comparison. A pure function of the step."""
         return self._interval > 0 and step > 0 and step % self._interval == 0
 
-    def begin(self, named_parameters: Sequence[tuple[str, Tensor]], link: Link, step: int) -> None:
-        """Send this rank's digests; returns at once. Collective: every rank calls it at the same steps."""
+    def begin(
+        self, named_parameters: Sequence[tuple[str, Tensor]], link: Link, step: int, *, counts: bool = True
+    ) -> None:
+        """Send this rank's digests, or zeros if it does not count; returns at once.
+
+        Collective: every rank calls it at the same steps.
+        """
         digests_P = fingerprint(p for _, p in named_parameters) % 2**_DIGEST_BITS
-        sums_2P = torch.cat([digests_P, digests_P.square()])
-        future = link.all_reduce_sum_(sums_2P)
-        self._under_way = future, sums_2P, step, [name for name, _ in named_parameters], link.world_size
+        sums = torch.cat([digests_P, digests_P.square(), digests_P.new_ones(1)]).mul_(counts)
+        future = link.all_reduce_sum_(sums)
+        self._under_way = future, sums, step, [name for name, _ in named_parameters]
 
     def finish(self, inspection: Inspection) -> None:
         """Look at the answer to the last `begin`, if there was one.
@@ -45,10 +52,10 @@ class ReplicaCheck:
         """
         if self._under_way is None:
             return
-        future, sums_2P, step, names, world_size = self._under_way
+        future, sums, step, names = self._under_way
         self._under_way = None
         future.wait()
-        sums_P, squares_P = sums_2P.chunk(2)
+        sums_P, squares_P, num_ranks = sums.tensor_split([len(names), 2 * len(names)])
 
         def complaint(same_P: Tensor) -> str:
             bad = [name for name, same in zip(names, same_P.tolist(), strict=True) if not same]
@@ -59,4 +66,4 @@ class ReplicaCheck:
                 "checkpoint that all ranks load."
             )
 
-        inspection.expect(squares_P * world_size == sums_P.square(), complaint)
+        inspection.expect(squares_P * num_ranks == sums_P.square(), complaint)

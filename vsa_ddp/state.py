@@ -111,7 +111,8 @@ class VsaState:
             self._counter.start_step()
             self._replicas.finish(self._courier.inspection)
             if self._replicas.due(step):
-                self._replicas.begin(self._names.parameters(), link, step)
+                has_joined = torch._C._current_graph_task_id() == -1  # DDP calls for such a rank, and no backward pass
+                self._replicas.begin(self._names.parameters(), link, step, counts=not has_joined)
         self._last_bucket = None if bucket.is_last() else bucket.index()
         self._names.complete |= bucket.is_last()
         self._counter.add(dense_bytes=buffer.nbytes, num_elements=buffer.numel())
