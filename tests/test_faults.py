@@ -292,7 +292,7 @@ def broken_on_rank_1(rank: int, place: str) -> Callable[[], None]:
 
 
 def one_rank_raises(rank: int, world_size: int, settings: dict[str, Any], places: list[str]) -> dict[str, Any]:
-    """By place: what backward raised, and the seconds until then."""
+    """By place: what backward raised, and the seconds until then; and "after decode", what the next one raised."""
     found: dict[str, Any] = {}
     for place in places:
         group = dist.new_group(timeout=timedelta(seconds=3))
@@ -309,6 +309,8 @@ def one_rank_raises(rank: int, world_size: int, settings: dict[str, Any], places
         except Exception as error:
             found[place] = type(error).__name__, str(error), time.monotonic() - start
         mend()
+        if place == "decode":
+            found["after decode"] = error_of(lambda model=model: loss_of(model, 3, rank).backward())
         dist.barrier()
     return found
 
@@ -329,6 +331,8 @@ def test_what_is_raised_on_one_rank_is_read_there_and_an_error_elsewhere(
             assert kind == "RuntimeError"
             assert text in message
     assert peer["decode"] is None  # it had all that it needed
+    assert "an earlier exchange of gradients failed: no memory to decode; start again" in failed["after decode"][1]
+    assert peer["after decode"][0] == "RuntimeError"
     for place in set(places) - {"decode"}:
         kind, _, seconds = peer[place]
         assert kind == "RuntimeError"

@@ -262,6 +262,37 @@ def test_join_divides_by_the_initial_world_size_whatever_it_is_told(tmp_path: Pa
         assert divided == not_divided
 
 
+def uneven_training(rank: int, world_size: int) -> tuple[str, str]:
+    """Trains on when others have joined, their parameters behind; after that one of rank 1's really is another."""
+    model = DDP(net(), bucket_cap_mb=0.05)
+    vsa_ddp.register(model, check_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train(steps: int) -> str:
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, step, rank).backward()
+            optimizer.step()
+        return digest(model.parameters())
+
+    with model.join():
+        train(3 + 2 * rank)
+    joined = digest(model.parameters())
+    if rank == 1:
+        with torch.no_grad():
+            model.module.scale += 1.0
+    with pytest.raises(RuntimeError) as error:
+        train(2)
+    return joined, str(error.value)
+
+
+def test_ranks_that_have_joined_are_not_compared(tmp_path: Path) -> None:
+    ranks = run_ranks(uneven_training, 3, tmp_path)
+    for joined, message in ranks:
+        assert joined == ranks[0][0]
+        assert "parameters differ between ranks before step 7: scale. Something" in message
+
+
 # What PyTorch asks of a communication hook, and its own tests' models
 
 

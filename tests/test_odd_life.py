@@ -262,6 +262,31 @@ def test_a_habit_changes_no_bit(tmp_path: Path, options: dict[str, Any]) -> None
         assert first[habit] == (digests, 8, True), habit
 
 
+class HalfUsed(nn.Module):
+    """DDP puts what is registered first into its last buckets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(200, 200)
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def buckets_left_out(rank: int, world_size: int, leaves_out: bool) -> tuple[list[str], int]:
+    options = {"find_unused_parameters": True, "skip_all_reduce_unused_params": leaves_out}
+    model = DDP(HalfUsed(), bucket_cap_mb=0.02, **options)
+    state = vsa_ddp.register(model)
+    return step_digests(model, rank, 6), state.compression_stats().steps
+
+
+def test_steps_are_counted_where_ddp_leaves_out_the_last_buckets(tmp_path: Path) -> None:
+    all_sent, left_out = (run_ranks(buckets_left_out, 2, tmp_path, leaves_out) for leaves_out in (False, True))
+    assert all_sent == left_out
+    assert left_out[0][1] == 6
+
+
 def two_passes(rank: int, world_size: int) -> tuple[bool, int]:
     """Two backward passes through one graph: DDP sends the first alone, with a hook or without."""
     plain, ours = (DDP(net(), bucket_cap_mb=0.05) for _ in range(2))

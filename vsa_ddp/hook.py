@@ -45,16 +45,19 @@ def vsa_hook(
 
     @torch.no_grad()
     def decode(done: torch.futures.Future[Any]) -> torch.Tensor:
-        done.value()  # raises here if a collective failed: never hand out a gradient that was not exchanged
-        if exact:
-            keep_for_current_stream(scales_S)
-            state.update_scales(codec, scales_S)
-        else:
-            keep_for_current_stream(keys.words)
-            mean = receive()
-            codec.decode_(buffer, mean.rows, mean.exact_E, keys)
-            state.update_scales(codec, mean.scales_S, mean.sigma_T)
+        try:
+            done.value()  # raises here if a collective failed: never hand out a gradient that was not exchanged
+            if exact:
+                keep_for_current_stream(scales_S)
+                state.update_scales(codec, scales_S)
+            else:
+                keep_for_current_stream(keys.words)
+                mean = receive()
+                codec.decode_(buffer, mean.rows, mean.exact_E, keys)
+                state.update_scales(codec, mean.scales_S, mean.sigma_T)
+        except Exception as error:
+            state.courier.fail(error)
+            raise
         return buffer
 
-    state.end(bucket)
     return future.then(decode)

@@ -69,7 +69,7 @@ class VsaState:
         self._courier: Courier | None = None
         self._kernels: Kernels | None = None  # loaded at the first bucket, for its device
         self._chosen: str | None = None  # by wire="auto"
-        self._starts_step = True
+        self._last_bucket: int | None = None  # of the present step; None between steps
         self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
         logger.info("%r", self)
 
@@ -102,15 +102,20 @@ class VsaState:
         if known is None or known[0] != ids:
             known = self._codecs[bucket.index()] = ids, self._make_codec(parameters, buffer)
         codec = known[1]
-        link = self._courier.link(self._counter, Subject(self.step, codec.layout.label))
-        if self._starts_step:
-            self._starts_step = False
+        # DDP may leave out buckets that no rank used (skip_all_reduce_unused_params), also the last one
+        starts_step = self._last_bucket is None or bucket.index() <= self._last_bucket
+        self.step += starts_step
+        step = self.step - 1
+        link = self._courier.link(self._counter, Subject(step, codec.layout.label))
+        if starts_step:
             self._counter.start_step()
             self._replicas.finish(self._courier.inspection)
-            if self._replicas.due(self.step):
-                self._replicas.begin(self._names.parameters(), buffer, link, self.step)
+            if self._replicas.due(step):
+                self._replicas.begin(self._names.parameters(), buffer, link, step)
+        self._last_bucket = None if bucket.is_last() else bucket.index()
+        self._names.complete |= bucket.is_last()
         self._counter.add(dense_bytes=buffer.nbytes, num_elements=buffer.numel())
-        return codec, link, self.step
+        return codec, link, step
 
     def sends_exact(self, step: int) -> bool:
         """Whether this step travels uncompressed."""
@@ -138,13 +143,6 @@ class VsaState:
             codec.refresh_factors()
         if sigma_T is not None:
             self.sigma.update(codec.layout, sigma_T)
-
-    def end(self, bucket: GradBucket) -> None:
-        """Count the step when all its buckets have been seen."""
-        if bucket.is_last():
-            self.step += 1
-            self._starts_step = True
-            self._names.complete = True
 
     # What the user asks
 

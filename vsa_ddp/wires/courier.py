@@ -49,18 +49,16 @@ class Courier:
     def link(self, counter: ByteCounter, subject: Subject = NOTHING) -> Link:
         """The link for one bucket.
 
-        Raises: RuntimeError if a GPU has found out that an earlier message arrived damaged.
+        Raises: RuntimeError if a GPU has found out that an earlier message arrived damaged, and once an exchange has
+            failed here: this rank's scales are not its peers' any more, or its next collective would meet their last.
         """
         self.inspection.raise_late()
+        self._raise_failure()
         return self._groups.link(counter, subject, self.inspection)
 
     def carry(self, message: Message, link: Link) -> tuple[Future[Any], Callable[[], Mean]]:
-        """Begin the exchange. Returns a future, and what gives the mean once the future is done; never waits.
-
-        Raises: RuntimeError once later rounds have failed: this rank's next collective would meet its peers' last one.
-        """
+        """Begin the exchange. Returns a future, and what gives the mean once the future is done; never waits."""
         assert self.wire is not None
-        self._raise_failure()
         rounds = self.wire.exchange(message, link)
         first = next(rounds)
         if self.wire.num_rounds == 1:
@@ -76,7 +74,7 @@ class Courier:
                     arrived.append(_all_parts(rounds, first))
                     done.set_result(_tensors(arrived[0]))
             except Exception as error:  # it belongs to who waits for the gradient
-                self._error = self._error or error
+                self.fail(error)
                 done.set_exception(error)
 
         if self._host_waits:
@@ -84,6 +82,10 @@ class Courier:
         else:
             later_rounds()
         return done, arrived.pop
+
+    def fail(self, error: Exception) -> None:
+        """An exchange has failed on this rank: no further one begins."""
+        self._error = self._error or error
 
     def _raise_failure(self) -> None:
         if self._error is not None:
