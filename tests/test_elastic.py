@@ -151,10 +151,10 @@ def test_a_rank_that_is_killed_once_changes_no_bit(
         assert figures[name] == expected[name], name
     for name in ("model", "optimizer", "scheduler", "hook"):  # the hook's has the bytes that it sent in all
         assert same(saved["parts"][name], expected_saved["parts"][name]), name
-    # The meter has also what ranks say when they meet: their settings, and a step later DDP's order of buckets
+    # The meter has also what ranks say when they meet: settings and parameters, and a step later DDP's order of buckets
     more = [mine - theirs for mine, theirs in zip(figures["wire_bytes"], expected["wire_bytes"], strict=True)]
     assert [step for step, num_bytes in enumerate(more) if num_bytes] == [4, 5]
-    assert sum(more) < 500
+    assert sum(more) < 1500
 
 
 def test_a_node_joins_and_is_lost_and_training_goes_on_from_the_checkpoints(job: Job) -> None:

@@ -105,30 +105,30 @@ def test_settings_that_sparsity_does_not_go_with_are_refused() -> None:
         VSAGradientCompressor(VsaConfig(sparsity=2))
 
 
-def decoded_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list[str], float, float]:
-    """Digests of ten steps; cosine of the mean of 200 gradients of one batch with plain DDP's; compression."""
+def decoded_run(rank: int, world_size: int, steps: int, settings: dict[str, Any]) -> tuple[list[str], float]:
+    """Digests of the first five steps; cosine of the mean of all gradients, of one batch, with plain DDP's."""
     plain, model = DDP(net()), DDP(net(), bucket_cap_mb=0.05)
-    state = vsa_ddp.register(model, bundle=1, check_interval=0, **settings)
+    vsa_ddp.register(model, bundle=1, **settings)
     loss_of(plain, 0, rank).backward()
     digests, total = [], 0.0
-    for step in range(200):
+    for step in range(steps):
         model.zero_grad()
         loss_of(model, 0, rank).backward()
-        total = total + gradients(model)["hidden.weight"] / 200
-        if step < 10:
+        total = total + gradients(model)["hidden.weight"]
+        if step < 5:
             digests.append(digest(gradients(model).values()))
     expected = gradients(plain)["hidden.weight"]
     cosine = torch.nn.functional.cosine_similarity(total.flatten(), expected.flatten(), dim=0)
-    return digests, cosine.item(), state.compression_stats().compression
+    return digests, cosine.item()
 
 
 @pytest.mark.parametrize("settings", [{"wire": "all_gather"}, {"wire": "two_shot"}, {"ranks_per_node": 2}])
 def test_the_hook_is_unbiased_and_the_same_on_all_ranks_and_backends(tmp_path: Path, settings: dict[str, Any]) -> None:
     world_size = 4 if "ranks_per_node" in settings else 2
-    ranks = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16})
-    assert all(digests == ranks[0][0] for digests, *_ in ranks)
+    ranks = run_ranks(decoded_run, world_size, tmp_path, 200, {**settings, "sparsity": 16})
+    assert all(digests == ranks[0][0] for digests, _ in ranks)
     # noise over signal 2.7 of a rank, and of the second rounding 2.7 of all that comes before it, over 200 draws; and
     # ranks' gradients that partly cancel leave a mean weaker than its noise
     assert ranks[0][1] > (0.95 if settings.get("wire") == "two_shot" else 0.98)
-    torch_too = run_ranks(decoded_run, world_size, tmp_path, {**settings, "sparsity": 16, "backend": "torch"})
+    torch_too = run_ranks(decoded_run, world_size, tmp_path, 5, {**settings, "sparsity": 16, "backend": "torch"})
     assert torch_too[0][0] == ranks[0][0]

@@ -24,7 +24,7 @@ MATRIX: Shapes = (("weight", (64, 48)), ("bias", (48,)))
 
 def by_processes(rank: int, world_size: int, wire: str) -> tuple[list[dict[str, Tensor]], int]:
     model = DDP(net())
-    state = vsa_ddp.register(model, wire=wire, check_interval=0)  # ranks that take turns have one model
+    state = vsa_ddp.register(model, wire=wire)
     history = []
     for step in range(STEPS):
         model.zero_grad()

@@ -236,7 +236,8 @@ class VsaState:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
         if self.config.check_interval:
-            self._replicas.begin(self._names.parameters(), buffer, courier.link(self._counter), self.step)
+            # not counted, as the settings are not: a resumed run has the bytes of one without a break
+            self._replicas.begin(self._names.parameters(), buffer, courier.link(ByteCounter()), self.step)
             self._replicas.finish(courier.inspection)
         where = f" in {num_peers} nodes" if nodes else ""
         logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
