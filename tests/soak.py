@@ -12,9 +12,10 @@ Checked at every step: all ranks have the same parameters, bit for bit, and fini
 not finite is skipped, and one without a fault is not; the hook has counted each synchronised backward pass, and bytes
 whenever there was one; the loss stays about or below that of the start. Steps that are taken again, after a move to a
 new DDP model with other buckets or after a crash, have the same bits. What `GROWTH` lists stays as it is over the
-second half of each life.
+second half of each life, but for what a move takes at once: torch's new process group has threads and pools of its own.
 """
 
+import itertools
 import json
 import math
 import os
@@ -23,8 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -44,6 +46,9 @@ LOSS_BOUND = 1.2
 """In units of the first loss."""
 GRACE = 30.0
 """Seconds beyond the group's timeout: for processes to start and to end, on a busy machine."""
+
+SETTLE = 100
+"""Steps after a move in which pools fill again."""
 
 
 class Growth(NamedTuple):
@@ -149,9 +154,11 @@ class Watch:
         if seconds is not None:
             self._seconds_to_end[kind] = max(seconds, self._seconds_to_end.get(kind, 0.0))
         for rank, samples in self._usage.items():
+            moves = [n for n in range(self.life.start, max(samples) + 1) if plan(self.soak, self.life, n).move]
+            settled = {n: usage for n, usage in samples.items() if not any(m <= n < m + SETTLE for m in moves)}
             for name, limit in GROWTH.items():
-                warm = {n: usage[name] for n, usage in samples.items() if n >= self.life.start + limit.warm_up}
-                slope, rise = fitted_rise(warm)
+                warm = {n: usage[name] for n, usage in settled.items() if n >= self.life.start + limit.warm_up}
+                slope, rise = fitted_rise(warm, moves)
                 self._slopes[name] = max(slope, self._slopes.get(name, -math.inf))
                 if slope > limit.per_1000_steps and rise > limit.noise:
                     what = f"{name} of rank {rank} rose by {rise:.0f} in the life's second half"
@@ -184,14 +191,20 @@ class Watch:
         }
 
 
-def fitted_rise(samples: dict[int, int]) -> tuple[float, float]:
-    """Of a line through the later half of samples by step: per 1000 steps and in all; zeros if they are too few."""
+def fitted_rise(samples: dict[int, int], moves: Sequence[int] = ()) -> tuple[float, float]:
+    """Of lines of one slope through the later half of samples by step, one line between two moves: per 1000 steps and
+    in all; zeros if they are too few."""
     later = list(samples.items())[len(samples) // 2 :]
     if len(later) < 10:
         return 0.0, 0.0
-    steps, values = zip(*later, strict=True)
-    slope = statistics.linear_regression(steps, values).slope
-    return 1000 * slope, (steps[-1] - steps[0]) * slope
+    lines = [list(line) for _, line in itertools.groupby(later, lambda item: bisect_right(moves, item[0]))]
+    x, y = [], []
+    for line in lines:
+        middle, level = (statistics.fmean(values) for values in zip(*line, strict=True))
+        x += [step - middle for step, _ in line]
+        y += [value - level for _, value in line]
+    slope = statistics.linear_regression(x, y, proportional=True).slope if any(x) else 0.0
+    return 1000 * slope, slope * sum(line[-1][0] - line[0][0] for line in lines)
 
 
 class Group:

@@ -191,6 +191,12 @@ def test_a_rise_is_that_of_the_second_half() -> None:
     assert fitted_rise(dict(list(samples.items())[:15])) == (0.0, 0.0)
 
 
+def test_what_a_move_takes_at_once_is_no_rise() -> None:
+    samples = {step: (1000 if step < 700 else 5000) + step // 10 for step in range(0, 1000, 10)}
+    assert fitted_rise(samples, [700]) == pytest.approx((100, 48))
+    assert fitted_rise(samples)[0] > 5000
+
+
 def test_an_error_of_a_rank_and_a_crash_that_does_not_come_are_found(tmp_path: Path) -> None:
     for life, message in (
         (replace(LIFE, settings={"bundle": 0}), r"step 0 .*: rank \d raised ValueError: bundle must be in 1\.\.4096"),
