@@ -29,8 +29,8 @@ from benchmarks.gpt_step import GptConfig, gpt
 from benchmarks.store import Record, Results, Store, find, page_head
 from launch.cli import run_command
 from vsa_ddp import CompressedGradients, VsaConfig, VSAGradientCompressor
-from vsa_ddp.codec import unbiased_nmse
 from vsa_ddp.config import Backend
+from vsa_ddp.rates import unbiased_nmse
 
 RESULTS = Path(__file__).parent / "results" / "compressor_cpu2_202611.json"
 BACKENDS: tuple[Backend, ...] = ("numba", "torch")

@@ -29,14 +29,14 @@ SEEDS = (0, 1, 2)
 # Ours is searched around the square-root rule, at the same spacing
 GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
     "adamw": {
-        "dense": (2e-3, 2.8e-3, 4e-3, 5.6e-3),
-        "powersgd": (2e-3, 2.8e-3, 4e-3, 5.6e-3),
-        "vsa": tuple(lr * learning_rate_factor(TrainConfig.bundle) for lr in (2.8e-3, 4e-3, 5.6e-3)),
+        "dense": (2.8e-3, 4e-3, 5.6e-3),
+        "powersgd": (2.8e-3, 4e-3, 5.6e-3),
+        "vsa": tuple(lr * learning_rate_factor(compression=TrainConfig.compression) for lr in (2.8e-3, 4e-3, 5.6e-3)),
     },
     "sgd": {
-        "dense": (0.025, 0.05, 0.1, 0.2, 0.4),
-        "powersgd": (0.0125, 0.025, 0.05, 0.1, 0.2),
-        "vsa": (0.05, 0.1, 0.2, 0.4, 0.8),
+        "dense": (0.025, 0.05, 0.1),
+        "powersgd": (0.0125, 0.025, 0.05),
+        "vsa": (0.025, 0.05, 0.1, 0.2),
     },
 }
 LONG_STEPS = 3000
@@ -44,16 +44,16 @@ LONG_STEPS = 3000
 
 
 def planned() -> list[TrainConfig]:
-    """The stated learning rates first, then the rest of the grids."""
+    """The stated learning rates first, then the rest of the grid, then long runs, then SGD."""
     configs = [
         TrainConfig(method=method, optimizer=optimizer, lr=lr, seed=seed)
         for optimizer, grid in GRIDS.items()
         for method, seed in itertools.product(METHODS, SEEDS)
         for lr in grid[method]
     ]
-    configs.sort(key=lambda c: (c.optimizer != "adamw", not is_stated(vars(c)), c.seed))
+    configs.sort(key=lambda c: (not is_stated(vars(c)), c.seed))
     long = [replace(c, steps=LONG_STEPS) for c in configs if c.optimizer == "adamw" and is_stated(vars(c))]
-    return configs + long
+    return sorted(configs + long, key=lambda c: c.optimizer != "adamw")
 
 
 def is_stated(run: Record) -> bool:

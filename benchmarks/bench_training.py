@@ -44,8 +44,8 @@ SEEDS = (0, 1, 2)
 METHODS = (
     "dense",
     "bf16",
-    *(f"vsa {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
-    *(f"sparse {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
+    *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
+    *(f"sparsity {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     "terngrad",
     "drive",
@@ -55,6 +55,7 @@ METHODS = (
     "alone",
 )
 """With their bundle, sparsity, rank or steps between averages. "alone": no communication at all."""
+OURS = ("bundle", "sparsity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,19 @@ class Suite:
         return find(runs, task=self.task, optimizer=self.optimizer, steps=self.steps, world_size=self.world_size)
 
 
-_FEWER = ("dense", "vsa 1", "vsa 4", "vsa 16", "powersgd 1", "powersgd 4", "drive", "local 80", "alone")
+_FEWER = (
+    "dense",
+    "bundle 1",
+    "bundle 4",
+    "sparsity 8",
+    "sparsity 16",
+    "sparsity 64",
+    "powersgd 1",
+    "powersgd 4",
+    "drive",
+    "local 80",
+    "alone",
+)
 SUITES = {
     "adamw-char": Suite(task="transformer", optimizer="adamw", steps=2000, base_lr=4e-3, momenta=(0.9, 0.8)),
     "adamw-char-short": Suite(task="transformer", optimizer="adamw", steps=400, base_lr=4e-3),
@@ -115,10 +128,9 @@ def family(trial: Trial) -> dict[str, Any]:
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, _, number = trial.method.partition(" ")
-    if name == "vsa":
-        return LockstepHook(shapes, VsaConfig(bundle=int(number), seed=trial.seed, **family(trial)))
-    if name == "sparse":
-        return LockstepHook(shapes, VsaConfig(bundle=1, sparsity=int(number), seed=trial.seed, **family(trial)))
+    if name in OURS:
+        code = {name: int(number)}
+        return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     kinds = {
@@ -243,8 +255,8 @@ def score(run: Record) -> float:
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for ours with AdamW; the dense rate for all others."""
     name, _, number = method.partition(" ")
-    if name in ("vsa", "sparse") and suite.optimizer == "adamw":
-        return suite.base_lr * learning_rate_factor(*((int(number),) if name == "vsa" else (1, int(number))))
+    if name in OURS and suite.optimizer == "adamw":
+        return suite.base_lr * learning_rate_factor(**{name: int(number)})
     return suite.base_lr
 
 
@@ -345,7 +357,7 @@ def plot(results: Results, file: Path) -> None:
             points.sort(key=lambda point: point[0])
             mean = torch.stack([losses.mean() for _, losses in points])
             spread = torch.stack([losses.max() - losses.min() for _, losses in points]) / 2
-            thick = 2.5 if family == "vsa" else 1
+            thick = 2.5 if family in OURS else 1
             panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
         panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss", title=name)
         panel.legend(fontsize=7)
@@ -374,7 +386,7 @@ def main(
         work(store, partial(plan, suites), run, lambda t: f"{t.method} {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         base = SUITES["sgd-digits"]
-        for method in tqdm(("dense", "vsa 4", "powersgd 1", "local 20"), unit="run"):
+        for method in tqdm(("dense", "sparsity 8", "powersgd 1", "local 20"), unit="run"):
             trial = Trial(
                 task=base.task, optimizer=base.optimizer, method=method, lr=base.base_lr, momentum=0.9, steps=40
             )

@@ -1,6 +1,6 @@
 """What leaves a host and how long a step takes: every wire, plain DDP, 16-bit hooks and PowerSGD, on real links.
 
-    python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 35 min on 2 cores
+    python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 45 min on 2 cores
     python -m benchmarks.bench_wire --quick         # 2 hosts, 100 Mbit/s and unshaped, one small model; about 1 min
     python -m benchmarks.bench_wire --report        # rebuild page, plots and cost model from the stored runs
 
@@ -37,20 +37,25 @@ RESULTS = Path(__file__).parent / "results" / "wire_cpu2_202611.json"
 USUAL_MIB, SMALL_MIB, WHOLE_MIB = 25, 4, 4096
 """Buckets: DDP's own size, one for each large matrix, one for all, since torch's PowerSGD hangs on gloo with two."""
 METHODS = [
-    ("compute", 0, USUAL_MIB),
-    ("dense", 0, USUAL_MIB),
-    ("dense", 0, SMALL_MIB),
-    ("bf16", 0, USUAL_MIB),
-    ("fp16", 0, USUAL_MIB),
-    ("powersgd", 0, WHOLE_MIB),
-    ("all_gather", 4, USUAL_MIB),
-    ("all_gather", 4, SMALL_MIB),
-    ("all_reduce", 4, USUAL_MIB),
-    ("two_shot", 4, USUAL_MIB),
-    ("all_gather", 16, USUAL_MIB),
+    ("compute", 0, 0, USUAL_MIB),
+    ("dense", 0, 0, USUAL_MIB),
+    ("bf16", 0, 0, USUAL_MIB),
+    ("fp16", 0, 0, USUAL_MIB),
+    ("powersgd", 0, 0, WHOLE_MIB),
+    ("all_gather", 1, 8, USUAL_MIB),
+    ("all_gather", 1, 8, SMALL_MIB),
+    ("two_shot", 2, 2, USUAL_MIB),
+    ("all_gather", 1, 64, USUAL_MIB),
+    ("all_gather", 4, 1, USUAL_MIB),
+    ("all_gather", 4, 1, SMALL_MIB),
+    ("all_reduce", 4, 1, USUAL_MIB),
+    ("two_shot", 4, 1, USUAL_MIB),
+    ("all_gather", 16, 1, USUAL_MIB),
 ]
-"""Method, bundle, MiB of a bucket."""
-NOT_IN_SUMMARY = [("dense", 0, SMALL_MIB), ("fp16", 0, USUAL_MIB)]
+"""Method, bundle, sparsity, MiB of a bucket. Of ours the default first, at 64 times fewer bytes."""
+QUICK = ("compute", "dense", "powersgd", "all_gather", "all_reduce", "two_shot")
+"""Of each the first."""
+NOT_IN_SUMMARY = [("fp16", 0, 0, USUAL_MIB), ("all_gather", 1, 64, USUAL_MIB)]
 LABELS = {
     "compute": "no communication",
     "dense": "plain DDP",
@@ -68,8 +73,15 @@ ROUNDS = 5
 
 
 def label(record: Record) -> str:
-    name = LABELS.get(record["method"], f"{record['method']}, B={record['bundle']}")
+    letters = {"B": record["bundle"], "n": record["sparsity"]}
+    code = " ".join(f"{letter}={value}" for letter, value in letters.items() if value > 1)
+    name = LABELS.get(record["method"], f"{record['method']}, {code}")
     return f"{name}, buckets of {SMALL_MIB} MiB" if record["bucket_mib"] == SMALL_MIB else name
+
+
+def of_method(records: list[Record], method: tuple[str, int, int, int]) -> list[Record]:
+    """Those of one of `METHODS`."""
+    return find(records, **dict(zip(("method", "bundle", "sparsity", "bucket_mib"), method, strict=True)))
 
 
 def link_name(mbit: float | None) -> str:
@@ -78,8 +90,15 @@ def link_name(mbit: float | None) -> str:
     return f"{mbit / 1000:g} Gbit/s" if mbit >= 1000 else f"{mbit:g} Mbit/s"
 
 
-def run_setting(hosts: int, mbit: float | None, widths: list[int], rounds: int, bar: "tqdm[Any]") -> list[Record]:
-    """All methods on so many hosts with this link. Raises: NetLabError if a host failed."""
+def run_setting(
+    hosts: int,
+    mbit: float | None,
+    methods: list[tuple[str, int, int, int]],
+    widths: list[int],
+    rounds: int,
+    bar: "tqdm[Any]",
+) -> list[Record]:
+    """The methods on so many hosts with this link. Raises: NetLabError if a host failed."""
     with NetLab(hosts) as lab, tempfile.TemporaryDirectory() as folder:
         lab.shape(mbit)
         out = Path(folder) / "records.json"
@@ -87,7 +106,7 @@ def run_setting(hosts: int, mbit: float | None, widths: list[int], rounds: int, 
         def worker(host: int) -> list[str]:
             command = [sys.executable, "-m", "benchmarks.wire_worker", "--rank", str(host), "--hosts", str(hosts)]
             command += ["--master", lab.address(0), "--rounds", str(rounds), "--out", str(out)]
-            command += ["--widths", *map(str, widths), "--methods", *(":".join(map(str, method)) for method in METHODS)]
+            command += ["--widths", *map(str, widths), "--methods", *(":".join(map(str, method)) for method in methods)]
             return command
 
         job = lab.start_job(worker, cwd=ROOT)
@@ -123,7 +142,9 @@ class Fit:
     what share of a link's time for packets is not hidden behind the backward pass (`packets`).
     """
 
-    UNKNOWNS = ("dense", "half", "element", *cost.WIRE_METHODS, "gathered", "hop", "link", "packets")
+    SPARSE = ("all_gather", "two_shot")
+    UNKNOWNS = ("dense", "half", "element", *cost.WIRE_METHODS, "gathered", *(f"sparse {wire}" for wire in SPARSE))
+    UNKNOWNS += ("hop", "link", "packets")
 
     def __init__(self, records: list[Record], rotation_s: float) -> None:
         self._records = records
@@ -159,6 +180,7 @@ class Fit:
             r["hosts"],
             gbit_per_s=r["mbit"] / 1000,
             bundle=r["bundle"] or 1,
+            sparsity=r["sparsity"] or 1,
             slowdown=self._slowdown(r),
         )
         return abs((self._compute_ms(r) + advice.ms[priced_as(r)]) / r["median_ms"] - 1)
@@ -189,14 +211,15 @@ class Fit:
         n, w = r["num_parameters"], r["hosts"]
         d = n / r["bundle"] if r["bundle"] else 0
         method = priced_as(r)
-        priced = cost.cost(method, n, w, r["bundle"] or 1)
+        priced = cost.cost(method, n, w, r["bundle"] or 1, r["sparsity"] or 1)
         ms = dict.fromkeys(self.UNKNOWNS, 0.0)
         local = 1e-6 * self._slowdown(r)
         if method in ("dense", "half"):
             ms[method] = n * local
         else:
-            ms["element"], ms[method] = n * local, d * local
-            ms["gathered"] = w * d * local if method == "all_gather" else 0.0
+            sparse = r["sparsity"] > 1
+            ms["element"], ms[f"sparse {method}" if sparse else method] = n * local, d * local
+            ms["gathered"] = w * d * local if method == "all_gather" and not sparse else 0.0
         ms["hop"] = priced.hops * 1e-3 * self._slowdown(r)
         if r["mbit"] is not None:
             ms["link" if priced.pipelined else "packets"] = priced.received_bytes * 8e-3 / r["mbit"]
@@ -227,10 +250,10 @@ def summary(results: Results) -> str:
     at = find(results["records"], hosts=2, num_parameters=headline(results["records"]))
     lines = ["| ms per step | " + " | ".join(link_name(mbit) for mbit in LINKS) + " | MiB sent |"]
     lines += ["|---" * (len(LINKS) + 2) + "|"]
-    for method, bundle, bucket_mib in (m for m in METHODS if m not in NOT_IN_SUMMARY):
+    for method in (m for m in METHODS if m not in NOT_IN_SUMMARY):
         cells = []
         for mbit in LINKS:
-            (r,) = find(at, mbit=mbit, method=method, bundle=bundle, bucket_mib=bucket_mib)
+            (r,) = of_method(find(at, mbit=mbit), method)
             (dense,) = find(at, mbit=mbit, method="dense", bucket_mib=USUAL_MIB)
             cells.append(f"{r['median_ms']:.0f} ({dense['median_ms'] / r['median_ms']:.1f} x)")
         lines.append(f"| {label(r)} | {' | '.join(cells)} | {r['interface_sent'] / 2**20:.2f} |")
@@ -246,11 +269,11 @@ def report(results: Results) -> str:
         links = [m for m in LINKS if find(records, hosts=hosts, mbit=m)]
         lines += ["| method | " + " | ".join(f"{link_name(m)}, ms | times plain DDP" for m in links) + " | MiB sent |"]
         lines += ["|---|" + "---|---|" * len(links) + "---|"]
-        for method, bundle, bucket_mib in METHODS:
+        for method in (m for m in METHODS if of_method(records, m)):
             row, sent = [], "0"
             for mbit in links:
                 at = find(records, hosts=hosts, mbit=mbit, num_parameters=size)
-                (r,) = find(at, method=method, bundle=bundle, bucket_mib=bucket_mib)
+                (r,) = of_method(at, method)
                 (dense,) = find(at, method="dense", bucket_mib=USUAL_MIB)
                 row += [f"{r['median_ms']:.0f} ({min(r['step_ms']):.0f} to {max(r['step_ms']):.0f})"]
                 row += [f"{dense['median_ms'] / r['median_ms']:.2f}"]
@@ -318,7 +341,7 @@ def _advice(results: Results) -> list[str]:
     for hosts, mbit in itertools.product(HOSTS, LINKS):
         at = find(results["records"], hosts=hosts, mbit=mbit, num_parameters=size)
         if at and mbit is not None:
-            ours = [r["median_ms"] for r in at if r["method"] in cost.WIRE_METHODS and r["bundle"] == 4]
+            ours = [r["median_ms"] for r in at if r["method"] in cost.WIRE_METHODS and r["sparsity"] == 8]
             others = [r["median_ms"] for r in at if r["method"] in ("dense", "bf16", "fp16")]
             paid = "paid" if min(ours) < min(others) else "did not pay"
             lines.append(
@@ -352,7 +375,7 @@ def plot_advice(file: Path) -> None:
     """On paper: how many times faster than the better of a dense and a 16-bit all-reduce, and by which wire."""
     ranks = [2**k for k in range(3, 11)]
     gbits = [1, 2.5, 5, 10, 25, 50, 100, 200, 400]
-    marks = {"all_gather": "g", "all_reduce": "r", "two_shot": "2"}
+    marks = {"all_gather": "g", "two_shot": "2"}
     speeds = [(1.0, "codec as on one CPU core here"), (0.01, "codec 100 times faster: an assumption for GPUs")]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for axis, (slowdown, title) in zip(axes, speeds, strict=True):
@@ -370,7 +393,8 @@ def plot_advice(file: Path) -> None:
         axis.set(xlabel="Gbit/s per rank", ylabel="ranks", title=title)
     figure.colorbar(shown, ax=axes, label="log10 of times faster than dense or 16 bits")
     figure.suptitle(
-        "Model, not measured: 1000 M parameters, B=4, 20 us a hop. g all_gather, r all_reduce, 2 two_shot", fontsize=10
+        "Model, not measured: 1000 M parameters, 64 times compressed, 20 us a hop. g all_gather, 2 two_shot",
+        fontsize=10,
     )
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -394,11 +418,12 @@ def main(
         store.results["environment"].setdefault("rotation_s", probe.rotation_s(torch.device("cpu")))
         settings = [(2, 100.0), (2, None)] if quick else list(itertools.product(HOSTS, LINKS))
         widths = [930] if quick else list(WIDTHS)
+        methods = [next(m for m in METHODS if m[0] == name) for name in QUICK] if quick else METHODS
         waiting = [s for s in settings if not find(store.list, hosts=s[0], mbit=s[1])]
         for hosts, mbit in (bar := tqdm(waiting, unit="setting")):
             bar.set_description(f"{hosts} hosts, {link_name(mbit)}")
             try:
-                store.add(*run_setting(hosts, mbit, widths, rounds, bar))
+                store.add(*run_setting(hosts, mbit, methods, widths, rounds, bar))
             except NetLabError as error:
                 print(f"error: {hosts} hosts, {link_name(mbit)}: {error}", file=sys.stderr)
                 return 1

@@ -36,6 +36,7 @@ class Contender:
 
     method: str
     bundle: int
+    sparsity: int
     bucket_mib: int
     """DDP's `bucket_cap_mb`."""
     model: DistributedDataParallel
@@ -59,7 +60,7 @@ def half_hook(cast: Callable[..., Any]) -> Callable[..., Any]:
     return half
 
 
-def contender(method: str, bundle: int, bucket_mib: int, width: int) -> Contender:
+def contender(method: str, bundle: int, sparsity: int, bucket_mib: int, width: int) -> Contender:
     model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
     state = None
     if method == "powersgd":
@@ -69,8 +70,8 @@ def contender(method: str, bundle: int, bucket_mib: int, width: int) -> Contende
         hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
         model.register_comm_hook(None, half_hook(hooks[method]))
     elif method not in ("compute", "dense"):
-        state = vsa_ddp.register(model, bundle=bundle, wire=method)
-    return Contender(method, bundle, bucket_mib, model, state)
+        state = vsa_ddp.register(model, bundle=bundle, sparsity=sparsity, wire=method)
+    return Contender(method, bundle, sparsity, bucket_mib, model, state)
 
 
 def train(c: Contender, x: torch.Tensor, steps: int) -> float:
@@ -95,7 +96,7 @@ def interface_bytes() -> tuple[int, int]:
 
 
 def measure(
-    methods: list[tuple[str, int, int]], width: int, rounds: int, note: Callable[[str], None]
+    methods: list[tuple[str, int, int, int]], width: int, rounds: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     contenders = [contender(*method, width) for method in methods]
     x = torch.randn(BATCH, INPUTS, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -108,6 +109,7 @@ def measure(
         {
             "method": c.method,
             "bundle": c.bundle,
+            "sparsity": c.sparsity,
             "bucket_mib": c.bucket_mib,
             "num_parameters": num_parameters,
             "num_steps": c.num_steps,
@@ -144,7 +146,7 @@ def main() -> None:
     parser.add_argument("--master", required=True)
     parser.add_argument("--widths", type=int, nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--methods", nargs="+", required=True, help="method:bundle:MiB of a bucket")
+    parser.add_argument("--methods", nargs="+", required=True, help="method:bundle:sparsity:MiB of a bucket")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -161,7 +163,7 @@ def main() -> None:
             options.out.with_suffix(".note").write_text(text)
 
     parts = (text.split(":") for text in options.methods)
-    methods = [(name, int(bundle), int(bucket_mib)) for name, bundle, bucket_mib in parts]
+    methods = [(name, int(bundle), int(sparsity), int(mib)) for name, bundle, sparsity, mib in parts]
     records = [record for width in options.widths for record in measure(methods, width, options.rounds, note)]
     if options.rank == 0:
         options.out.write_text(json.dumps(records))

@@ -1,7 +1,7 @@
 """Train the same model three times, by plain DDP, PowerSGD and vsa_ddp, and show loss and bytes side by side.
 
 bash launch/quickstart.sh
-bash launch/quickstart.sh --steps 200 --bundle 16 --seed 1
+bash launch/quickstart.sh --steps 200 --compression 320 --seed 1
 bash launch/quickstart.sh --phases
 """
 
@@ -59,7 +59,7 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "launch.train", "--json", str(file)]
-        for name in ("method", "steps", "bundle", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
+        for name in ("method", "steps", "compression", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
             if getattr(config, name) is not None:
                 command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         command += ["--phases"] if config.phases else []
@@ -146,7 +146,9 @@ def main(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or 2 on CPU.", show_default=False)
     ] = None,
-    bundle: Annotated[int, typer.Option(help="vsa_ddp: slots per hypervector, 1 to 4096.")] = TrainConfig.bundle,
+    compression: Annotated[
+        float, typer.Option(help="vsa_ddp: times fewer bytes than float32, at least.")
+    ] = TrainConfig.compression,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all three runs.")] = TrainConfig.optimizer,
     seed: Annotated[int, typer.Option(min=0, help="Seed of model, data order and keys.")] = TrainConfig.seed,
     phases: Annotated[
@@ -155,7 +157,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for quickstart.json and quickstart.png.")] = Path("runs"),
 ) -> int:
     """Train a character transformer by plain DDP, PowerSGD and vsa_ddp; show loss and bytes side by side."""
-    check_setting("bundle", bundle)
+    check_setting("compression", compression)
     ranks = default_ranks() if ranks is None else ranks
     if 0 < torch.cuda.device_count() < ranks:
         raise typer.BadParameter(
@@ -170,7 +172,7 @@ def main(
 
     console = Console()
     runs: dict[str, dict[str, Any]] = {}
-    config = TrainConfig(steps=steps, bundle=bundle, optimizer=optimizer, seed=seed, lr=None)
+    config = TrainConfig(steps=steps, compression=compression, optimizer=optimizer, seed=seed, lr=None)
     configs = {method: replace(config, method=method) for method in METHODS}
     if phases:
         configs["phases"] = replace(config, method="vsa", phases=True)

@@ -1,6 +1,6 @@
 """Train a character-level transformer with one way of sending gradients.
 
-    torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa --bundle 4
+    torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa --compression 80
     torchrun --standalone --nproc-per-node=2 -m launch.train --method dense --json dense.json
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m launch.train --checkpoint runs/saved
 
@@ -30,13 +30,13 @@ from launch.charlm import CharTransformer, Corpus, windows
 from launch.checkpoint import Checkpoint, Stateful
 from launch.cli import run_command
 from launch.timing import TimedDDP
-from vsa_ddp.config import WireName
+from vsa_ddp.config import COMPRESSION, WireName
 from vsa_ddp.nodes import RanksPerNode
 
 Method = Literal["dense", "powersgd", "vsa"]
 OptimizerName = Literal["adamw", "sgd"]
 
-# Each method's own best of the grid in benchmarks/results; vsa with AdamW is dense times learning_rate_factor(bundle)
+# Each method's own best of the grid in benchmarks/results; vsa with AdamW is dense times learning_rate_factor
 LEARNING_RATES: dict[tuple[str, str], float] = {
     ("adamw", "dense"): 4e-3,
     ("adamw", "powersgd"): 4e-3,
@@ -54,7 +54,7 @@ class TrainConfig:
 
     method: Method = "vsa"
     steps: int = 1000
-    bundle: int = 4
+    compression: float = COMPRESSION
     wire: WireName = "all_gather"
     ranks_per_node: RanksPerNode = 1
     optimizer: OptimizerName = "adamw"
@@ -105,7 +105,9 @@ def learning_rate(config: TrainConfig) -> float:
     if config.lr is not None:
         return config.lr
     if (config.optimizer, config.method) == ("adamw", "vsa"):
-        return LEARNING_RATES["adamw", "dense"] * vsa_ddp.learning_rate_factor(config.bundle)
+        return LEARNING_RATES["adamw", "dense"] * vsa_ddp.learning_rate_factor(
+            compression=config.compression, wire=config.wire
+        )
     return LEARNING_RATES[config.optimizer, config.method]
 
 
@@ -123,7 +125,7 @@ def compress(
 ) -> dict[str, Stateful]:
     """Give the model its communication hook; none for plain DDP. Returns what a checkpoint keeps of it."""
     if config.method == "vsa":
-        settings = {name: getattr(config, name) for name in ("bundle", "wire", "ranks_per_node", "seed")}
+        settings = {name: getattr(config, name) for name in ("compression", "wire", "ranks_per_node", "seed")}
         return {"hook": vsa_ddp.register(model, optimizer, **settings)}
     if config.method == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=2)
@@ -287,7 +289,9 @@ def heldout_loss(model: CharTransformer, corpus: Corpus, config: TrainConfig, de
 def main(
     method: Annotated[Method, typer.Option(help="How gradients are sent.")] = "vsa",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
-    bundle: Annotated[int, typer.Option(help="vsa: slots per hypervector, 1 to 4096.")] = 4,
+    compression: Annotated[
+        float, typer.Option(help="vsa: times fewer bytes than float32, at least.")
+    ] = TrainConfig.compression,
     wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
     ranks_per_node: Annotated[
         str,
@@ -310,13 +314,13 @@ def main(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:
     """Train under torchrun, and print or write the figures."""
-    check_setting("bundle", bundle)
+    check_setting("compression", compression)
     ranks = int(ranks_per_node) if ranks_per_node.isdecimal() else ranks_per_node
     check_setting("ranks_per_node", ranks)
     config = TrainConfig(
         method=method,
         steps=steps,
-        bundle=bundle,
+        compression=compression,
         wire=wire,
         ranks_per_node=cast(RanksPerNode, ranks),
         optimizer=optimizer,

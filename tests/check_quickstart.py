@@ -22,7 +22,7 @@ def check(file: Path) -> None:
     sent = {method: figures["wire_bytes_per_step"] for method, figures in methods.items()}
     assert sent["vsa"] < sent["powersgd"] < sent["dense"], sent
     assert methods["dense"]["hook_ms"] == 0 < methods["vsa"]["hook_ms"]
-    for name in ("steps", "ranks", "bundle", "optimizer", "seed", "learning_rates", "hardware", "corpus"):
+    for name in ("steps", "ranks", "compression", "optimizer", "seed", "learning_rates", "hardware", "corpus"):
         assert name in report["config"], name
     picture = file.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")

@@ -27,7 +27,7 @@ import vsa_ddp
 from tests.models import digest, net
 from tests.soak_plan import Branched, Life, Soak, Step, ddp_options, plan
 
-LR = 1e-3 * vsa_ddp.learning_rate_factor(4)
+LR = 1e-3 * vsa_ddp.learning_rate_factor(bundle=4)
 PHASES = {"warmup_steps": 5, "full_steps": 3, "predict_steps": 4, "correct_every": 2, "decay": 0.5}
 MAX_SCALE = 2.0**16
 """Of the loss: growing further, it would overflow by itself."""

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "vsa_ddp"
 # Each room may import those before it
 ORDER = [
     "nodes",
+    "rates",
     "config",
     "version",
     "cost",

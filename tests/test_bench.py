@@ -61,9 +61,10 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
     for hosts in bench_wire.HOSTS:
         for mbit in bench_wire.LINKS:
             for size in (2_000_000, 10_000_000):
-                for method, bundle, mib in bench_wire.METHODS:
-                    record = {"hosts": hosts, "mbit": mbit, "num_parameters": size, "method": method, "bundle": bundle}
-                    records.append({**record, "bucket_mib": mib, "median_ms": 10.0 * hosts, "step_ms": [10.0 * hosts]})
+                for method in bench_wire.METHODS:
+                    what = dict(zip(("method", "bundle", "sparsity", "bucket_mib"), method, strict=True))
+                    record = {"hosts": hosts, "mbit": mbit, "num_parameters": size, **what}
+                    records.append({**record, "median_ms": 10.0 * hosts, "step_ms": [10.0 * hosts]})
     fit = bench_wire.Fit(records, 1.0)
     fit.unknowns[:] = [constants[name] for name in fit.UNKNOWNS]
     for record in fit.usable():
@@ -72,7 +73,9 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def test_the_fit_finds_the_constants_of_a_machine_that_has_them() -> None:
-    constants = dict(zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 40.0, 1.05, 0.3), strict=True))
+    constants = dict(
+        zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 7.0, 9.0, 40.0, 1.05, 0.3), strict=True)
+    )
     assert bench_wire.Fit(synthetic(constants), 1.0).constants() == pytest.approx(constants, rel=1e-6)
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from vsa_ddp.codec import Codec, gain, unbiased_nmse
+from vsa_ddp.codec import Codec, gain
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import TorchKernels, encode
 from vsa_ddp.layout import BucketLayout, plan_bucket
+from vsa_ddp.rates import unbiased_nmse
 from vsa_ddp.ternary import NMSE, dequantize, level, quantize
 from vsa_ddp.whitening import Whitening
 

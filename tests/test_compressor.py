@@ -24,8 +24,8 @@ from tests.test_codec import make_codec, round_trip, theory
 from tests.test_kernels import threads
 from vsa_ddp import CompressedGradients, CompressorStats, VsaConfig, VSAGradientCompressor
 from vsa_ddp.archive import DTYPES, plan
-from vsa_ddp.codec import unbiased_nmse
 from vsa_ddp.config import Backend
+from vsa_ddp.rates import unbiased_nmse
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def there_and_back(gradient: Tensor, step: int = 0, **chosen: Any) -> Tensor:
-    compressor = VSAGradientCompressor(VsaConfig(**chosen))
+    compressor = VSAGradientCompressor(VsaConfig(**{"bundle": 4, **chosen}))
     return compressor.decompress(compressor.compress({"weight": gradient}, step))["weight"]
 
 
@@ -214,7 +214,7 @@ def test_names_with_equal_keys_do_not_meet() -> None:
 def digest_of_packets(backend: Backend) -> str:
     """Of the model in reverse order, each packet by name: what another process says of its own."""
     gradients = dict(reversed(model().items()))
-    compressed = VSAGradientCompressor(VsaConfig(backend=backend)).compress(gradients, 5)
+    compressed = VSAGradientCompressor(VsaConfig(bundle=4, backend=backend)).compress(gradients, 5)
     packets = dict(zip(gradients, compressed.packets, strict=True))
     return hashlib.sha256(b"".join(packets[name].numpy().tobytes() for name in sorted(packets))).hexdigest()
 
@@ -254,7 +254,7 @@ def test_backends_and_threads_write_the_same_bytes(bundle: int, whiten: bool) ->
 
 def test_each_step_and_seed_has_keys_of_its_own() -> None:
     def packets(step: int, seed: int) -> bytes:
-        config = VsaConfig(seed=seed)
+        config = VsaConfig(bundle=4, seed=seed)
         return VSAGradientCompressor(config).compress({"weight": made(64, 64)}, step).packets[0].numpy().tobytes()
 
     found = {packets(step, seed) for step, seed in itertools.product((0, 1, 2**32, 2**63 - 1), (0, 1, 2**63 - 1))}

@@ -1,10 +1,15 @@
 """Bad settings get an error that names the setting, the rule and the value."""
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 import vsa_ddp
 from vsa_ddp import VsaConfig, VsaState, learning_rate_factor
+from vsa_ddp.rates import NMSES, bits_per_trit, unbiased_nmse
 from vsa_ddp.register import optimizer_family
 
 
@@ -34,7 +39,9 @@ def test_a_setting_out_of_bounds_is_named(setting: str, value: object, rule: str
 
 
 def test_an_unknown_setting_is_named_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"unknown setting bundel; the settings are bundle, sparsity, wire"):
+    with pytest.raises(
+        ValueError, match=r"unknown setting bundel; the settings are compression, bundle, sparsity, wire"
+    ):
         VsaConfig.from_settings({"bundel": 4})
 
 
@@ -46,9 +53,59 @@ def test_register_refuses_a_model_that_is_not_ddp() -> None:
 
 
 def test_the_learning_rate_factor_is_the_root_of_the_second_moments_growth() -> None:
-    assert learning_rate_factor(4) == pytest.approx((4 / 0.8098) ** 0.5, rel=1e-3)
-    with pytest.raises(ValueError, match="bundle must be at least 1, got 0"):
-        learning_rate_factor(0)
+    assert learning_rate_factor(bundle=4) == pytest.approx((4 / 0.8098) ** 0.5, rel=1e-3)
+    assert learning_rate_factor(bundle=4, wire="two_shot") == pytest.approx(2 / 0.8098, rel=1e-3)
+    assert learning_rate_factor() == learning_rate_factor(compression=64) == learning_rate_factor(sparsity=8)
+    with pytest.raises(ValueError, match=r"bundle must be in 1\.\.4096, got 0"):
+        learning_rate_factor(bundle=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bundle", "sparsity"),
+    [
+        ({}, 1, 8),
+        ({"wire": "all_reduce"}, 4, 1),
+        ({"bundle": 3}, 3, 1),
+        ({"sparsity": 2}, 1, 2),
+        ({"bundle": 3, "sparsity": 2}, 3, 2),
+        ({"compression": 1}, 1, 1),
+        ({"compression": 20}, 1, 1),
+        ({"compression": 20.1}, 1, 2),
+        ({"compression": 80}, 1, 16),
+        ({"compression": 80, "wire": "all_reduce"}, 4, 1),
+        ({"compression": 2000}, 4, 128),
+    ],
+)
+def test_compression_chooses_bundle_and_sparsity(settings: dict[str, Any], bundle: int, sparsity: int) -> None:
+    config = VsaConfig(**settings)
+    assert (config.bundle, config.sparsity) == (bundle, sparsity)
+    assert replace(config, seed=5).sparsity == sparsity
+
+
+@pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])
+@pytest.mark.parametrize("compression", [7, 33, 64, 100, 128, 300, 700])
+def test_compression_is_reached_with_the_least_noise(wire: Any, compression: float) -> None:
+    found = VsaConfig(compression=compression, wire=wire)
+    roundings = 2 if wire == "two_shot" else 1
+    noise = unbiased_nmse(found.bundle, found.sparsity, roundings)
+    assert 32 * found.bundle / bits_per_trit(found.sparsity) >= compression
+    for bundle, sparsity in itertools.product(range(1, 50), NMSES):
+        if 32 * bundle / bits_per_trit(sparsity) >= compression and (wire != "all_reduce" or sparsity == 1):
+            assert unbiased_nmse(bundle, sparsity, roundings) >= noise
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"compression": 0.5}, r"compression must be a number of at least 1, got 0\.5"),
+        ({"compression": "much"}, "compression must be a number of at least 1, got 'much'"),
+        ({"compression": 80, "bundle": 2}, "compression is 80, bundle 2 and sparsity None; leave out the one or"),
+        ({"compression": 1e9}, r"takes a bundle of \d+ with wire=\"all_gather\", but the most is 4096; compress less"),
+    ],
+)
+def test_a_compression_that_cannot_be_is_named(settings: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        VsaConfig(**settings)
 
 
 @pytest.mark.parametrize(

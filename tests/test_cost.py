@@ -26,7 +26,7 @@ from vsa_ddp.wires import WIRES
 def test_bytes_are_those_that_the_wire_counts(tmp_path: Path, wire: Any, world_size: int) -> None:
     totals, num_trits = run_ranks(traffic, world_size, tmp_path, WIRES[wire], 64, None)[0]
     # the message has a few exact elements and scales beside its trits
-    assert cost(wire, num_trits, world_size, 1).received_bytes == pytest.approx(totals.received_bytes, rel=0.04)
+    assert cost(wire, num_trits, world_size, 1, 1).received_bytes == pytest.approx(totals.received_bytes, rel=0.04)
 
 
 def test_every_wire_has_its_price() -> None:
@@ -54,7 +54,7 @@ def test_a_link_fast_enough_does_not_pay_and_the_line_says_so() -> None:
 
 def test_one_rank_sends_nothing() -> None:
     advice = advise(1_000_000, 1, gbit_per_s=float("inf"))
-    assert cost("dense", 1_000_000, 1).received_bytes == 0
+    assert cost("dense", 1_000_000, 1, 4, 1).received_bytes == 0
     assert not advice.pays
 
 
@@ -63,7 +63,7 @@ def test_one_rank_sends_nothing() -> None:
     [
         ({"num_parameters": 0}, "num_parameters must be at least 1, got 0"),
         ({"world_size": 0}, "world_size must be at least 1, got 0"),
-        ({"bundle": 0}, "bundle must be at least 1, got 0"),
+        ({"bundle": 0}, r"bundle must be in 1\.\.4096, got 0"),
         ({"gbit_per_s": 0.0}, r"gbit_per_s must be greater than 0, got 0\.0"),
         ({"gbit_per_s": float("nan")}, "gbit_per_s must be greater than 0, got nan"),
         ({"latency_ms": -1.0}, r"latency_ms must be at least 0, got -1\.0"),
@@ -107,8 +107,8 @@ def auto_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list
 
 
 def test_auto_is_the_wire_it_names(tmp_path: Path) -> None:
-    ranks = run_ranks(auto_run, 4, tmp_path, {"wire": "auto", "link_gbit": 0.0001})
-    plain = run_ranks(auto_run, 4, tmp_path, {"wire": "two_shot"})
+    ranks = run_ranks(auto_run, 4, tmp_path, {"wire": "auto", "link_gbit": 0.0001, "bundle": 4})
+    plain = run_ranks(auto_run, 4, tmp_path, {"wire": "two_shot", "bundle": 4})
     for (digests, saved, log), (expected, *_) in zip(ranks, plain, strict=True):
         assert digests == expected
         assert saved["chosen_wire"] == "two_shot"
@@ -125,7 +125,7 @@ def test_auto_measures_the_link_when_it_is_not_stated(tmp_path: Path) -> None:
 
 def resumed(rank: int, world_size: int, saved: dict[str, Any]) -> Any:
     model = DDP(net(), bucket_cap_mb=0.05)
-    state = vsa_ddp.register(model, wire="auto", link_gbit=0.0001)
+    state = vsa_ddp.register(model, wire="auto", link_gbit=0.0001, bundle=4)
     state.load_state_dict(saved)
     loss_of(model, 3, rank).backward()
     return state.state_dict()["chosen_wire"]
@@ -133,7 +133,7 @@ def resumed(rank: int, world_size: int, saved: dict[str, Any]) -> Any:
 
 def test_a_resumed_run_keeps_the_wire_that_was_chosen(tmp_path: Path) -> None:
     saved = {
-        **run_ranks(auto_run, 2, tmp_path, {"wire": "auto", "link_gbit": 0.0001})[0][1],
+        **run_ranks(auto_run, 2, tmp_path, {"wire": "auto", "link_gbit": 0.0001, "bundle": 4})[0][1],
         "chosen_wire": "all_reduce",
     }
     assert run_ranks(resumed, 2, tmp_path, saved) == ["all_reduce"] * 2

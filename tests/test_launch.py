@@ -231,8 +231,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     check_checkpoint(checkpoint, config)
     checkpoint.save(2, asdict(config), {})
     check_checkpoint(checkpoint, config)
-    with pytest.raises(typer.BadParameter, match="is a run with another bundle, seed; give another folder"):
-        check_checkpoint(checkpoint, TrainConfig(steps=5, bundle=2, seed=3))
+    with pytest.raises(typer.BadParameter, match="is a run with another compression, seed; give another folder"):
+        check_checkpoint(checkpoint, TrainConfig(steps=5, compression=20, seed=3))
     with pytest.raises(typer.BadParameter, match="residuals differ from rank to rank"):
         check_checkpoint(checkpoint, TrainConfig(method="powersgd"))
     with pytest.raises(typer.BadParameter, match="/dev/null"):

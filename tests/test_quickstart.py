@@ -31,7 +31,7 @@ def quickstart(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--steps", "0"], "--steps"),
         (["--steps", "many"], "--steps"),
         (["--ranks", "0"], "--ranks"),
-        (["--bundle", "0"], "bundle must be in 1..4096, got 0"),
+        (["--compression", "0"], "compression must be a number of at least 1, got 0.0"),
         (["--optimizer", "lion"], "'lion' is not one of 'adamw', 'sgd'"),
         (["--seed", "-1"], "--seed"),
         (["--out", "/dev/null/x"], "cannot make the folder"),
@@ -49,13 +49,13 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(arguments: list[str], named
 def test_help_names_every_option() -> None:
     outcome = quickstart("--help")
     assert outcome.returncode == 0
-    for option in ("--steps", "--ranks", "--bundle", "--optimizer", "--seed", "--out", "--phases"):
+    for option in ("--steps", "--ranks", "--compression", "--optimizer", "--seed", "--out", "--phases"):
         assert option in outcome.stdout
 
 
 def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     # the defaults are run by CI, as the README's command
-    options = ["--ranks", "3", "--bundle", "16", "--optimizer", "sgd", "--seed", "1"]
+    options = ["--ranks", "3", "--compression", "320", "--optimizer", "sgd", "--seed", "1"]
     outcome = quickstart("--steps", "3", *options, "--out", str(tmp_path))
     assert outcome.returncode == 0, outcome.stderr
     check(tmp_path / "quickstart.json")
@@ -63,7 +63,7 @@ def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
         assert label in outcome.stdout
     config = json.loads((tmp_path / "quickstart.json").read_text())["config"]
     assert 400_000 <= config["num_parameters"] <= 1_000_000
-    assert (config["ranks"], config["bundle"], config["optimizer"], config["seed"]) == (3, 16, "sgd", 1)
+    assert (config["ranks"], config["compression"], config["optimizer"], config["seed"]) == (3, 320, "sgd", 1)
 
 
 def test_phases_count_backward_passes_and_say_what_was_skipped(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_schedule_warms_up_and_decays_to_a_tenth() -> None:
 
 def test_learning_rates_are_stated_for_every_method_and_optimizer() -> None:
     dense, ours = (learning_rate(TrainConfig(method=method)) for method in ("dense", "vsa"))  # type: ignore[arg-type]
-    assert ours == pytest.approx(dense * learning_rate_factor(TrainConfig.bundle))
+    assert ours == pytest.approx(dense * learning_rate_factor(compression=TrainConfig.compression))
     for optimizer, grid in bench_quickstart.GRIDS.items():
         for method, lrs in grid.items():
             stated = learning_rate(TrainConfig(method=method, optimizer=optimizer))  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ import vsa_ddp
 from tests.models import digest, gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.codec import unbiased_nmse
 from vsa_ddp.compressor import VSAGradientCompressor
-from vsa_ddp.sparse import GROUP, NMSES, code_bits, pack_codes, quantize_sparsely, row_bytes, unpack_codes
+from vsa_ddp.rates import NMSES, unbiased_nmse
+from vsa_ddp.sparse import GROUP, code_bits, pack_codes, quantize_sparsely, row_bytes, unpack_codes
 from vsa_ddp.ternary import dequantize, level
 
 SPARSITIES = (2, 4, 8, 16, 32, 64, 128)
@@ -77,7 +77,7 @@ def test_block_codes_have_less_noise_than_bundles_at_as_many_bits() -> None:
     for sparsity in SPARSITIES:
         bundle = 1.6 * sparsity / code_bits(sparsity)
         assert unbiased_nmse(1, sparsity) < 0.6 * (bundle * 1.2348 - 1)
-    assert learning_rate_factor(2, 16) == pytest.approx((2 * (1 + NMSES[16])) ** 0.5)
+    assert learning_rate_factor(bundle=2, sparsity=16) == pytest.approx((2 * (1 + NMSES[16])) ** 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

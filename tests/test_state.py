@@ -226,11 +226,11 @@ def test_a_bare_state_loaded_for_another_model_is_refused(tmp_path: Path) -> Non
 
 def test_other_settings_than_saved_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = run_ranks(a_saved_state, 1, tmp_path)[0]
-    state = VsaState(config=VsaConfig(bundle=16))
+    state = VsaState(config=VsaConfig(sparsity=16))
     with caplog.at_level(logging.WARNING):
         state.load_state_dict(saved)
-    assert caplog.messages == ["setting bundle was 4 in the loaded state and is 16 now"]
-    assert state.config.bundle == 16
+    assert caplog.messages == ["setting sparsity was 8 in the loaded state and is 16 now"]
+    assert state.config.sparsity == 16
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
@@ -286,7 +286,7 @@ def test_loading_into_a_state_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def make_codec(state: VsaState) -> Codec:
-    layout = plan_bucket((("weight", (32, 64)),), VsaConfig())
+    layout = plan_bucket((("weight", (32, 64)),), VsaConfig(bundle=4))
     return Codec(layout, state.config, state.whitening, torch.device("cpu"), TorchKernels())
 
 

@@ -9,11 +9,12 @@ Under torchrun it measures the group's link; NCCL with one rank per GPU when the
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from vsa_ddp.config import COMPRESSION
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.probe import advise_group
 
@@ -27,8 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the advice; 2 and one line on stderr for a wrong value."""
     parser = _Parser(prog="vsa_ddp", description="Does compression pay on this link, and by which wire?")
     parser.add_argument("--parameters", type=float, required=True, help="elements of the gradient, as 124e6")
-    parser.add_argument("--bundle", type=int, default=4, help="slots per hypervector (default: 4)")
-    parser.add_argument("--sparsity", type=int, default=1, help="trits of which one is sent (default: 1, all are)")
+    parser.add_argument("--compression", type=float, help=f"times fewer bytes than float32 (default: {COMPRESSION:g})")
+    parser.add_argument("--bundle", type=int, help="instead of compression: slots per hypervector")
+    parser.add_argument("--sparsity", type=int, help="instead of compression: trits of which one is sent")
     parser.add_argument("--ranks", type=int, help="on paper: ranks that exchange")
     parser.add_argument("--gbit", type=float, help="on paper: Gbit/s of a rank's link")
     parser.add_argument("--latency-ms", type=float, default=0.1, help="on paper: from rank to rank (default: 0.1)")
@@ -37,18 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         options = parser.parse_args(arguments)
+        named = {name: getattr(options, name) for name in ("compression", "bundle", "sparsity")}
+        settings = {name: value for name, value in named.items() if value is not None}
         if options.ranks is not None and options.gbit is not None:
             advice = advise(
                 int(options.parameters),
                 options.ranks,
                 gbit_per_s=options.gbit,
                 latency_ms=options.latency_ms,
-                bundle=options.bundle,
-                sparsity=options.sparsity,
                 slowdown=options.slowdown,
+                **settings,
             )
         elif "RANK" in os.environ and options.ranks is None and options.gbit is None:
-            advice = _measured(int(options.parameters), options.bundle, options.sparsity)
+            advice = _measured(int(options.parameters), settings)
         else:
             raise ValueError("give both --ranks and --gbit, or neither and start it with torchrun.")
     except (ValueError, OverflowError) as error:
@@ -59,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(num_parameters: int, bundle: int, sparsity: int) -> Advice:
+def _measured(num_parameters: int, settings: dict[str, Any]) -> Advice:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -67,7 +70,7 @@ def _measured(num_parameters: int, bundle: int, sparsity: int) -> Advice:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group, world_size = dist.group.WORLD, dist.get_world_size()
     assert group is not None
-    advice = advise_group(group, device, num_parameters, world_size, bundle=bundle, sparsity=sparsity)
+    advice = advise_group(group, device, num_parameters, world_size, **settings)
     dist.destroy_process_group()
     return advice
 

@@ -8,22 +8,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vsa_ddp import hypervector, sparse, ternary
+from vsa_ddp import hypervector
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import Gradient, Kernels, Keys, Received
 from vsa_ddp.layout import BucketLayout
+from vsa_ddp.rates import num_roundings, unbiased_nmse
 from vsa_ddp.whitening import Whitening
 
 
-def unbiased_nmse(bundle: int, sparsity: int = 1) -> float:
-    """Noise over signal of the unbiased decode with full slots: crosstalk B - 1, quantiser B * 0.2348, or B times that
-    of block codes."""
-    return bundle * (1.0 + (ternary.NMSE if sparsity == 1 else sparse.NMSES[sparsity])) - 1.0
-
-
 def gain(config: VsaConfig) -> float:
-    """What the decoder multiplies by: 1, or the factor of least squared error 1 / (1 + NMSE), 0.8098 / B."""
-    return 1.0 if config.gain == "unbiased" else 1.0 / (1.0 + unbiased_nmse(config.bundle, config.sparsity))
+    """What the decoder multiplies by: 1, or the factor of least squared error 1 / (1 + NMSE)."""
+    if config.gain == "unbiased":
+        return 1.0
+    return 1.0 / (1.0 + unbiased_nmse(config.bundle, config.sparsity, num_roundings(config.wire)))
 
 
 class Codec:

@@ -53,7 +53,7 @@ class VSAGradientCompressor:
 
     Args:
         config: of its settings count `bundle`, `whiten`, `gain`, `rotation_block`, `min_numel`, `seed` and `backend`;
-            the others are the hook's.
+            the others are the hook's. None is a bundle of 4.
 
     Gradients of one dimension, those with less than `min_numel` elements, and those that would not become smaller are
     stored as they are and come back bit for bit. Of the others comes back an estimate: unbiased over steps and seeds
@@ -69,10 +69,11 @@ class VSAGradientCompressor:
     """
 
     def __init__(self, config: VsaConfig | None = None) -> None:
-        self.config = config if config is not None else VsaConfig()
+        self.config = config if config is not None else VsaConfig(bundle=4)
         if self.config.sparsity > 1:
             raise ValueError(
-                f"files hold all trits of a hypervector, so sparsity must be 1, got {self.config.sparsity}."
+                f"files hold all trits of a hypervector, so sparsity must be 1, got {self.config.sparsity}; give a "
+                "VsaConfig(bundle=...), about 20 times fewer bytes for each."
             )
         self._coders: dict[tuple[str, torch.device], _Coder] = {}
         self._stats = CompressorStats()

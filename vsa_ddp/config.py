@@ -1,10 +1,11 @@
 """Settings of the hook and of the phases: frozen dataclasses, every default and every bound."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal, get_args
 
 from vsa_ddp.nodes import RanksPerNode
+from vsa_ddp.rates import MAX_BUNDLE, NMSES, least_noise
 
 Gain = Literal["unbiased", "shrunk"]
 Backend = Literal["auto", "torch", "numba", "triton"]
@@ -12,6 +13,9 @@ WireName = Literal["all_gather", "all_reduce", "two_shot", "auto", "dense"]
 PredictorName = Literal["last", "ema", "momentum", "linear"]
 Adapt = Literal["gate", "trend", "none"]
 HistoryDtype = Literal["float32", "bfloat16"]
+
+COMPRESSION = 64.0
+"""Where nothing is said: the decoded gradient then has the noise of one from two fifths of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +25,12 @@ class VsaConfig:
     Raises: ValueError naming the setting, the rule and the value.
     """
 
-    bundle: int = 4
-    """B, how many slots share one hypervector: about 20 * B times fewer bytes than float32."""
-    sparsity: int = 1
+    compression: InitVar[float | None] = None
+    """How many times fewer bytes than float32, at least; 64 if neither this nor `bundle` nor `sparsity` is given.
+    Chooses those two, for the least noise. Levels, padding and small parameters come on top of it."""
+    bundle: int = None  # type: ignore[assignment]  # `__post_init__` chooses
+    """B, how many slots share one hypervector. Given alone, all trits are sent: 20 * B times fewer bytes."""
+    sparsity: int = None  # type: ignore[assignment]
     """n, a power of two up to 128: of every n trits the largest alone is sent, in 1 + log2 n bits. 1 sends all of them,
     1.6 bits each. Half the noise of a bundle that sends as little: bundle=1 with sparsity=16 sends what bundle=5 does.
     """
@@ -62,9 +69,10 @@ class VsaConfig:
     """What calculates: "triton" on CUDA, "numba" on a CPU, "torch" on both; "auto" takes the fastest that is installed.
     The gradients are the same, bit for bit."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, compression: float | None) -> None:
+        self._choose(compression)
         for name, low, high in (
-            ("bundle", 1, 4096),
+            ("bundle", 1, MAX_BUNDLE),
             ("exact_steps", 1, None),
             ("min_numel", 1, None),
             ("scale_interval", 1, None),
@@ -77,7 +85,7 @@ class VsaConfig:
             if value < low or (high is not None and value > high):
                 bounds = f"at least {low}" if high is None else f"in {low}..{high}"
                 raise ValueError(f"{name} must be {bounds}, got {value}.")
-        if not isinstance(self.sparsity, int) or not 1 <= self.sparsity <= 128 or self.sparsity & (self.sparsity - 1):
+        if not isinstance(self.sparsity, int) or self.sparsity not in NMSES:
             raise ValueError(f"sparsity must be a power of two in 1..128, got {self.sparsity!r}.")
         if self.sparsity > 1 and self.wire == "all_reduce":
             raise ValueError(
@@ -112,10 +120,32 @@ class VsaConfig:
         if not isinstance(self.whiten, bool):
             raise ValueError(f"whiten must be True or False, got {self.whiten!r}.")
 
+    def _choose(self, compression: float | None) -> None:
+        """Give `bundle` and `sparsity` their values where they were left out."""
+        if compression is None:
+            compression = COMPRESSION
+        elif self.bundle is not None or self.sparsity is not None:
+            raise ValueError(
+                f"compression chooses bundle and sparsity, but compression is {compression!r}, bundle {self.bundle!r} "
+                f"and sparsity {self.sparsity!r}; leave out the one or the others."
+            )
+        elif isinstance(compression, bool) or not isinstance(compression, int | float) or not compression >= 1:
+            raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
+        bundle, sparsity = self.bundle, self.sparsity
+        if bundle is None and sparsity is None:
+            bundle, sparsity = least_noise(compression, self.wire)
+            if bundle > MAX_BUNDLE:
+                raise ValueError(
+                    f'compression is {compression!r}, which takes a bundle of {bundle} with wire="{self.wire}", but '
+                    f"the most is {MAX_BUNDLE}; compress less."
+                )
+        object.__setattr__(self, "bundle", 1 if bundle is None else bundle)
+        object.__setattr__(self, "sparsity", 1 if sparsity is None else sparsity)
+
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "VsaConfig":
         """The config with `settings` over the defaults. Raises ValueError for a name that does not exist."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = ["compression", *(field.name for field in dataclasses.fields(cls))]
         if unknown := sorted(set(settings) - set(names)):
             raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}.")
         return cls(**settings)

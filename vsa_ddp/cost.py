@@ -12,7 +12,10 @@ Letters: N gradient elements, D trits, W ranks.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.rates import bits_per_trit
 
 Method = Literal["dense", "half", "all_gather", "all_reduce", "two_shot"]
 WIRE_METHODS: tuple[Method, ...] = ("all_gather", "all_reduce", "two_shot")
@@ -44,8 +47,10 @@ class Arithmetic:
     """Per element, of whitening, binding and bundling, both ways."""
     trit_ns: dict[str, float]
     """Per trit, by wire, of rotating, quantising and packing, both ways."""
+    sparse_trit_ns: dict[str, float]
+    """The same where of several trits one is sent: per trit, sent or not."""
     gathered_trit_ns: float
-    """Per trit of every packet that `all_gather` decodes; zero where the fit finds none beside the rest."""
+    """Per trit of every packet of all trits that `all_gather` decodes; zero where the fit finds none beside it."""
     reference_rotation_s: float
     """How long one rotation of 2**20 elements took there."""
 
@@ -55,6 +60,7 @@ CPU_CORE = Arithmetic(
     half_ns=7.57,
     element_ns=3.35,
     trit_ns={"all_gather": 5.4, "all_reduce": 9.8, "two_shot": 19.0},
+    sparse_trit_ns={"all_gather": 5.4, "two_shot": 19.0},
     gathered_trit_ns=0.891,
     reference_rotation_s=0.00133,
 )
@@ -76,11 +82,6 @@ class Cost:
         return self.hops * link.latency_s + (max(both) if self.pipelined else sum(both))
 
 
-def bits_per_trit(sparsity: int) -> float:
-    """Five trits to a byte; or of n trits the largest one's place and sign."""
-    return 1.6 if sparsity == 1 else sparsity.bit_length() / sparsity
-
-
 def digits_per_lane(num_ranks: int) -> int:
     """How many digits in base 2W + 1, each the sum of W trits, an int64 holds: 27 for 2 ranks, 8 for 64."""
     base, digits = 2 * num_ranks + 1, 1
@@ -93,9 +94,9 @@ def cost(
     method: Method,
     num_elements: float,
     world_size: int,
-    bundle: int = 4,
+    bundle: int,
+    sparsity: int,
     *,
-    sparsity: int = 1,
     slowdown: float = 1.0,
 ) -> Cost:
     """The cost of averaging a gradient. `slowdown`: this machine's time for a rotation over the reference's.
@@ -113,8 +114,8 @@ def cost(
         "all_reduce": ((8 / digits_per_lane(w) + 16 / 1024) * ring * d, 2 * (w - 1)),
         "two_shot": (ring * packet, w),
     }[method]
-    ns = CPU_CORE.element_ns * n + CPU_CORE.trit_ns[method] * d
-    if method == "all_gather":
+    ns = CPU_CORE.element_ns * n + (CPU_CORE.trit_ns if sparsity == 1 else CPU_CORE.sparse_trit_ns)[method] * d
+    if method == "all_gather" and sparsity == 1:
         ns += CPU_CORE.gathered_trit_ns * w * d
     return Cost(received, buckets * hops, ns * 1e-9 * slowdown)
 
@@ -159,9 +160,8 @@ def advise(
     *,
     gbit_per_s: float,
     latency_ms: float = 0.1,
-    bundle: int = 4,
-    sparsity: int = 1,
     slowdown: float = 1.0,
+    **settings: Any,
 ) -> Advice:
     """Which wire suits, and does it pay? From a model of the link; `print` it for one line.
 
@@ -170,29 +170,26 @@ def advise(
         world_size: ranks that exchange; with `ranks_per_node`, nodes.
         gbit_per_s: what one rank's link carries each way, in Gbit/s.
         latency_ms: from one rank to the next, in milliseconds.
-        sparsity: as in `VsaConfig`; where most trits are zero no network sums them, so "all_reduce" is left out.
         slowdown: this machine's time for a rotation over that of the CPU core that the model was fitted on; a GPU's is
             far below 1. `python -m vsa_ddp` measures all three in a running group.
+        settings: as for `register`; where most trits are zero no network sums them, so "all_reduce" is left out.
 
     Raises: ValueError for a value that cannot be.
     """
-    for name, value, low in (
-        ("num_parameters", num_parameters, 1),
-        ("world_size", world_size, 1),
-        ("bundle", bundle, 1),
-        ("sparsity", sparsity, 1),
-    ):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}.")
+    for name, value in (("num_parameters", num_parameters), ("world_size", world_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     for name, speed in (("gbit_per_s", gbit_per_s), ("slowdown", slowdown)):
         if not speed > 0:
             raise ValueError(f"{name} must be greater than 0, got {speed}.")
     if not latency_ms >= 0:
         raise ValueError(f"latency_ms must be at least 0, got {latency_ms}.")
+    config = VsaConfig.from_settings(settings)
+    bundle, sparsity = config.bundle, config.sparsity
     link = LinkSpeed(gbit_per_s * 1e9 / 8, latency_ms * 1e-3)
     wires = tuple(method for method in WIRE_METHODS if sparsity == 1 or method != "all_reduce")
     methods: tuple[Method, ...] = ("dense", "half", *wires)
-    costs = {m: cost(m, num_parameters, world_size, bundle, sparsity=sparsity, slowdown=slowdown) for m in methods}
+    costs = {m: cost(m, num_parameters, world_size, bundle, sparsity, slowdown=slowdown) for m in methods}
     ms = {method: each.seconds(link) * 1e3 for method, each in costs.items()}
     wire = min(wires, key=lambda method: ms[method])
     pays = world_size > 1 and ms[wire] < min(ms["dense"], ms["half"])

@@ -23,7 +23,7 @@ def vsa_hook(
 
     Register it with `ddp_model.register_comm_hook(VsaState(...), vsa_hook)`, or let `vsa_ddp.register` choose the
     settings. The first `exact_steps` steps and the small parameters are exact up to rounding; all else is lossy (see
-    `codec.unbiased_nmse`). Every rank gets the same bits. A value that is not finite on one rank makes the gradient
+    `rates.unbiased_nmse`). Every rank gets the same bits. A value that is not finite on one rank makes the gradient
     around it not finite on all. The host waits for the device or a peer at the very first bucket only.
 
     Shapes: `bucket.buffer()` (N,) of any float dtype, written in place -> a future of that buffer.

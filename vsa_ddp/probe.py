@@ -6,6 +6,7 @@ Shape letters: T rotation blocks of K elements.
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,13 +64,13 @@ def advise_group(
     num_parameters: int,
     world_size: int,
     *,
-    bundle: int,
-    sparsity: int = 1,
     gbit_per_s: float | None = None,
+    **settings: Any,
 ) -> Advice:
     """`cost.advise` from what is measured in the group, the same on all ranks. Collective, blocks.
 
-    Args: `gbit_per_s` as stated, which spares measuring the link; `world_size` of those that exchange.
+    Args: `gbit_per_s` as stated, which spares measuring the link; `world_size` of those that exchange; `settings` as
+        for `register`.
     """
     latency_ms = 0.1
     if gbit_per_s is None:
@@ -80,9 +81,8 @@ def advise_group(
         world_size,
         gbit_per_s=gbit_per_s,
         latency_ms=latency_ms,
-        bundle=bundle,
-        sparsity=sparsity,
         slowdown=measure_slowdown(group, device),
+        **settings,
     )
 
 

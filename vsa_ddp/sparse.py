@@ -4,15 +4,6 @@ A block is sent as the place of its trit and the trit's sign, 1 + log2 n bits. A
 noise of bundling: sums of slots throw away what a maximum finds. Block s of a row has the elements s, s + K/n, s + 2K/n
 ..., so that one pass over the row finds the largest of all blocks side by side.
 
-    n     bits per element    noise over signal, unbiased    bundles of all trits at as many bits
-    2     1.000               0.571                           0.98
-    4     0.750               0.864                           1.63
-    8     0.500               1.52                            2.95
-    16    0.3125              2.71                            5.32
-    32    0.1875              4.81                            9.54
-    64    0.1094              8.50                           17.1
-    128   0.0625             15.0                            30.6
-
 Sources: Laiho et al. 2015, "High-dimensional computing with sparse vectors" (sparse block codes); Andoni et al. 2015,
 arXiv:1509.02897 (the rotated cross-polytope as a quantiser); the level is `ternary.level`.
 
@@ -24,9 +15,6 @@ from torch import Tensor
 
 from vsa_ddp.ternary import row_sums
 
-NMSES = {2: 0.5708, 4: 0.8644, 8: 1.5154, 16: 2.7082, 32: 4.8089, 64: 8.4958, 128: 15.010}
-"""Squared error over energy for Gaussian input at the unbiased level, by n: n / m^2 - 1, m the mean of the largest size
-of n standard Gaussians."""
 GROUP = 8
 """Block codes that fill whole bytes, as many as each has bits; a row has at least so many."""
 

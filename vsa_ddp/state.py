@@ -252,9 +252,9 @@ class VsaState:
             buffer.device,
             num_elements,
             num_peers,
+            gbit_per_s=self.config.link_gbit,
             bundle=self.config.bundle,
             sparsity=self.config.sparsity,
-            gbit_per_s=self.config.link_gbit,
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
         return advice.wire

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vsa_ddp import rates
 from vsa_ddp.hypervector import row_slices
 
 THRESHOLD = 0.6120
 """Values beyond this many standard deviations become +-1."""
-NMSE = 0.2348
-"""Squared error over energy for Gaussian input at the unbiased level; 0.1902 at the level of least error."""
+NMSE = rates.NMSES[1]
+"""Squared error over energy for Gaussian input at the unbiased level, 0.2348; 0.1902 at the level of least error."""
 
 STEPS = (1.2240, 0.5338, 0.2171)
 """Between the levels of 1, 2 and 3 trits per element, in standard deviations: the least error of a Gaussian."""

@@ -303,9 +303,11 @@ def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Arr
 
 
 @compiled
-def _unpack_codes(row: Array, num_bits: int, n: int, trits_K: Array) -> None:
-    """`sparse.unpack_codes` of a row."""
-    trits_K[:] = _F32(0)
+def _add_codes(row: Array, num_bits: int, n: int, level: Any, y_K: Array) -> None:
+    """Add the trits of `sparse.unpack_codes` times their level: what is zero adds nothing, unless the level is not
+    finite."""
+    if not np.isfinite(level):
+        y_K[:] = np.nan
     sparsity = 1 << (num_bits - 1)
     for first in range(0, n, 8):
         word, at = _U64(0), first // 8 * num_bits
@@ -313,7 +315,7 @@ def _unpack_codes(row: Array, num_bits: int, n: int, trits_K: Array) -> None:
             word |= _U64(row[at + i]) << _U64(8 * i)
         for s in range(first, first + 8):
             code = np.int64(word >> _U64((s - first) * num_bits)) & (2 * sparsity - 1)
-            trits_K[code % sparsity * n + s] = _F32(1) if code < sparsity else _F32(-1)
+            y_K[(code & (sparsity - 1)) * n + s] += level if code < sparsity else -level
 
 
 @compiled
@@ -325,16 +327,15 @@ def _sum_packed(t: int, packets: Any, y_K: Array, spare: Any) -> None:
     num_bytes = n // 8 * num_bits if num_bits else -(-block // TRITS_PER_BYTE)
     y_K[:] = _F32(0)
     for rank in range(len(levels)):
-        row = packed[rank * stride + t * num_bytes :]
+        row, level = packed[rank * stride + t * num_bytes :], levels[rank, t]
         if num_bits:
-            _unpack_codes(row, num_bits, n, trits[:block])
-        else:
-            for i in range(num_bytes):
-                # all read before the first is written: the compiler cannot know that they do not overlap
-                byte = row[i]
-                a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
-                trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
-        level = levels[rank, t]
+            _add_codes(row, num_bits, n, level, y_K)
+            continue
+        for i in range(num_bytes):
+            # all read before the first is written: the compiler cannot know that they do not overlap
+            byte = row[i]
+            a, b, c, d, e = table[byte, 0], table[byte, 1], table[byte, 2], table[byte, 3], table[byte, 4]
+            trits[5 * i], trits[5 * i + 1], trits[5 * i + 2], trits[5 * i + 3], trits[5 * i + 4] = a, b, c, d, e
         for i in range(block):
             y_K[i] += level * trits[i]
 
