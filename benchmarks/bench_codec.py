@@ -236,7 +236,7 @@ def measure(store: Store, device: torch.device, quick: bool, config: GptConfig |
     backends, rounds = environment["backends"], environment["rounds"]
     sizes, bundles = (QUICK_MIB, BUNDLES[:2]) if quick else (MIB, BUNDLES)
     if quick and device.type == "cpu" and "triton" in backends:
-        sizes = tuple(mib / 16 for mib in sizes)  # its interpreter takes milliseconds for each row
+        sizes = (sizes[0] / 16,)  # its interpreter takes milliseconds for each row
     if not find(store.list, what="copy"):
         large = 16 if quick else 1024 if device.type == "cuda" else 256
         store.add(measure_copy(large, device, rounds))
@@ -245,7 +245,7 @@ def measure(store: Store, device: torch.device, quick: bool, config: GptConfig |
         for dtype, mib in waiting:
             bar.set_description(f"{mib:g} MiB {dtype}")
             buckets = Buckets(mib, getattr(torch, dtype), device, environment["cache_bytes"])
-            found = measure_bucket(buckets, backends, bundles, rounds, in_detail=mib == sizes[1], bar=bar)
+            found = measure_bucket(buckets, backends, bundles, rounds, in_detail=mib == sizes[len(sizes) // 2], bar=bar)
             store.add(*({"mib": mib, "dtype": dtype, **record} for record in found))
         if config is not None and not find(store.list, what="step"):
             bar.set_description("GPT")

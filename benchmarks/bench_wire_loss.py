@@ -18,15 +18,16 @@ from tqdm import tqdm
 from benchmarks.store import Record, Results, Store, find, page_head
 from launch.cli import run_command
 from launch.quickstart import figures_of, run_method
-from launch.train import TrainConfig
+from launch.train import TrainConfig, learning_rate
 from vsa_ddp.config import WireName
 
 RESULTS = Path(__file__).parent / "results" / "wire_loss_cpu2_202611.json"
 RANKS = 4
 SEEDS = (0, 1, 2)
 STEPS = 400
-COMPRESSION = 20.0
-"""The code is the same for all wires then: one slot, all trits."""
+BUNDLE = 4
+LR = learning_rate(TrainConfig(bundle=BUNDLE))
+"""The same for all wires."""
 WIRES: tuple[tuple[WireName, int], ...] = (
     ("all_gather", 1),
     ("all_reduce", 1),
@@ -50,7 +51,7 @@ def excess(run: Record, runs: list[Record]) -> float:
 
 def report(results: Results) -> str:
     runs = results["runs"]
-    lines = page_head("Loss by wire: the quickstart's model on 4 ranks, B=1, AdamW", "bench_wire_loss", results)
+    lines = page_head("Loss by wire: the quickstart's model on 4 ranks, B=4, AdamW", "bench_wire_loss", results)
     lines += [
         "",
         "Held-out loss in nats per character, and against all_gather with the same seed; what a rank hands over.",
@@ -84,7 +85,7 @@ def main(
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild, ranks=RANKS)
     done = {key(run) for run in store.list}
     configs = [
-        TrainConfig(wire=wire, ranks_per_node=ranks, seed=seed, steps=40 if quick else STEPS, compression=COMPRESSION)
+        TrainConfig(wire=wire, ranks_per_node=ranks, seed=seed, steps=40 if quick else STEPS, bundle=BUNDLE, lr=LR)
         for seed, (wire, ranks) in itertools.product(SEEDS[:1] if quick else SEEDS, WIRES)
     ]
     for config in tqdm([] if rebuild else [c for c in configs if key(vars(c)) not in done], unit="run"):

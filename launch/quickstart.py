@@ -59,7 +59,7 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "launch.train", "--json", str(file)]
-        for name in ("method", "steps", "compression", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
+        for name in ("method", "steps", "compression", "bundle", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
             if getattr(config, name) is not None:
                 command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         command += ["--phases"] if config.phases else []

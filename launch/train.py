@@ -55,6 +55,8 @@ class TrainConfig:
     method: Method = "vsa"
     steps: int = 1000
     compression: float = COMPRESSION
+    bundle: int | None = None
+    """Instead of the compression: the same code for every wire."""
     wire: WireName = "all_gather"
     ranks_per_node: RanksPerNode = 1
     optimizer: OptimizerName = "adamw"
@@ -100,14 +102,18 @@ def take_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+def code(config: TrainConfig) -> dict[str, Any]:
+    """Settings of `register` that decide what is sent, and how much noise there is."""
+    size = {"compression": config.compression} if config.bundle is None else {"bundle": config.bundle}
+    return {**size, "wire": config.wire}
+
+
 def learning_rate(config: TrainConfig) -> float:
     """The stated learning rate of a method: a constant, or for ours with AdamW the square-root rule."""
     if config.lr is not None:
         return config.lr
     if (config.optimizer, config.method) == ("adamw", "vsa"):
-        return LEARNING_RATES["adamw", "dense"] * vsa_ddp.learning_rate_factor(
-            compression=config.compression, wire=config.wire
-        )
+        return LEARNING_RATES["adamw", "dense"] * vsa_ddp.learning_rate_factor(**code(config))
     return LEARNING_RATES[config.optimizer, config.method]
 
 
@@ -125,8 +131,8 @@ def compress(
 ) -> dict[str, Stateful]:
     """Give the model its communication hook; none for plain DDP. Returns what a checkpoint keeps of it."""
     if config.method == "vsa":
-        settings = {name: getattr(config, name) for name in ("compression", "wire", "ranks_per_node", "seed")}
-        return {"hook": vsa_ddp.register(model, optimizer, **settings)}
+        others = {"ranks_per_node": config.ranks_per_node, "seed": config.seed}
+        return {"hook": vsa_ddp.register(model, optimizer, **code(config), **others)}
     if config.method == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=2)
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
@@ -292,6 +298,7 @@ def main(
     compression: Annotated[
         float, typer.Option(help="vsa: times fewer bytes than float32, at least.")
     ] = TrainConfig.compression,
+    bundle: Annotated[int | None, typer.Option(help="vsa, instead of compression: slots per hypervector.")] = None,
     wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
     ranks_per_node: Annotated[
         str,
@@ -315,12 +322,15 @@ def main(
 ) -> None:
     """Train under torchrun, and print or write the figures."""
     check_setting("compression", compression)
+    if bundle is not None:
+        check_setting("bundle", bundle)
     ranks = int(ranks_per_node) if ranks_per_node.isdecimal() else ranks_per_node
     check_setting("ranks_per_node", ranks)
     config = TrainConfig(
         method=method,
         steps=steps,
         compression=compression,
+        bundle=bundle,
         wire=wire,
         ranks_per_node=cast(RanksPerNode, ranks),
         optimizer=optimizer,

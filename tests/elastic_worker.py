@@ -1,8 +1,8 @@
-"""One rank under torchrun: `launch.train.train` on a tiny model, and one fault at an exact place, once.
+"""One rank under torchrun: `launch.train.train` on a tiny model, and faults at exact places, one in each attempt.
 
     torchrun --standalone --nproc-per-node=2 --max-restarts=1 -m tests.elastic_worker FOLDER killed_in_backward
 
-FOLDER gets the checkpoint, `worlds` (the world size of each attempt), `happened` (once the fault has) and
+FOLDER gets the checkpoint, `worlds` (the world size of each attempt), `happened` (a line for each fault that has) and
 `figures.json`.
 """
 
@@ -30,7 +30,13 @@ CHECKPOINT_EVERY = 4
 
 
 def happen(folder: Path) -> None:
-    (folder / "happened").touch()
+    with (folder / "happened").open("a") as file:
+        file.write("now\n")
+
+
+def num_happened(folder: Path) -> int:
+    file = folder / "happened"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def die(folder: Path) -> None:
@@ -105,28 +111,31 @@ FAULTS: dict[str, tuple[int, Fault]] = {
 }
 
 
-def inject(fault: str, folder: Path) -> None:
-    """From now on the fault comes in its step, unless it has happened before."""
+def inject(faults: list[str], folder: Path) -> None:
+    """From now on the first fault that has not happened comes in its step."""
     take_step = train.take_step
-    at_step, befall = FAULTS[fault]
+    number = num_happened(folder)
+    if number == len(faults):
+        return
+    at_step, befall = FAULTS[faults[number]]
 
     def take_faulty_step(model: DDP, optimizer: torch.optim.Optimizer, *arguments: Any) -> tuple[float, bool]:
         steps_done = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-        if steps_done == at_step and not (folder / "happened").exists():
+        if steps_done == at_step:
             befall(model, folder)
         return take_step(model, optimizer, *arguments)
 
     train.take_step = take_faulty_step
 
 
-def main(folder: Path, fault: str) -> None:
+def main(folder: Path, faults: list[str]) -> None:
     checkpoint = Checkpoint(folder=folder, every=CHECKPOINT_EVERY)
     train.check_checkpoint(checkpoint, CONFIG)
     dist.init_process_group("metered", timeout=timedelta(minutes=2))
     if dist.get_rank() == 0:
         with (folder / "worlds").open("a") as worlds:
             worlds.write(f"{dist.get_world_size()}\n")
-    inject(fault, folder)
+    inject(faults, folder)
     figures = train.train(CONFIG, checkpoint)
     if figures is not None:
         (folder / "figures.json").write_text(json.dumps(figures))
@@ -135,4 +144,4 @@ def main(folder: Path, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -42,6 +42,8 @@ def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
     assert CPU_CORE.half_ns == pytest.approx(found["half"], rel=0.01)
     assert CPU_CORE.element_ns == pytest.approx(found["element"], rel=0.01)
     assert CPU_CORE.trit_ns == pytest.approx({wire: found[wire] for wire in WIRES}, rel=0.01)
+    sparse = {wire: found[f"sparse {wire}"] for wire in fit.SPARSE}
+    assert CPU_CORE.sparse_trit_ns == pytest.approx(sparse, rel=0.01)
     assert CPU_CORE.gathered_trit_ns == pytest.approx(found["gathered"], rel=0.01)
     assert CPU_CORE.reference_rotation_s == pytest.approx(fit.rotation_s, rel=0.01)
 

@@ -30,7 +30,7 @@ def test_bytes_are_those_that_the_wire_counts(tmp_path: Path, wire: Any, world_s
 
 
 def test_every_wire_has_its_price() -> None:
-    assert set(WIRES) == set(WIRE_METHODS) == set(CPU_CORE.trit_ns)
+    assert set(WIRES) == set(WIRE_METHODS) == set(CPU_CORE.trit_ns) == {*CPU_CORE.sparse_trit_ns, "all_reduce"}
 
 
 def test_few_ranks_gather_and_many_on_a_slow_link_take_two_shots() -> None:

@@ -55,7 +55,7 @@ def test_help_names_every_option() -> None:
 
 def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     # the defaults are run by CI, as the README's command
-    options = ["--ranks", "3", "--compression", "320", "--optimizer", "sgd", "--seed", "1"]
+    options = ["--ranks", "1", "--compression", "320", "--optimizer", "sgd", "--seed", "1"]
     outcome = quickstart("--steps", "3", *options, "--out", str(tmp_path))
     assert outcome.returncode == 0, outcome.stderr
     check(tmp_path / "quickstart.json")
@@ -63,11 +63,11 @@ def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
         assert label in outcome.stdout
     config = json.loads((tmp_path / "quickstart.json").read_text())["config"]
     assert 400_000 <= config["num_parameters"] <= 1_000_000
-    assert (config["ranks"], config["compression"], config["optimizer"], config["seed"]) == (3, 320, "sgd", 1)
+    assert (config["ranks"], config["compression"], config["optimizer"], config["seed"]) == (1, 320, "sgd", 1)
 
 
 def test_phases_count_backward_passes_and_say_what_was_skipped(tmp_path: Path) -> None:
-    plain, phased = (run_method(TrainConfig(steps=24, phases=phases), 2, show_bar=False) for phases in (False, True))
+    plain, phased = (run_method(TrainConfig(steps=24, phases=phases), 1, show_bar=False) for phases in (False, True))
     stats = phased["phases"]
     assert stats["backwards"] == 24 == len(phased["losses"])
     assert stats["steps"] == 24 + stats["skipped"]
