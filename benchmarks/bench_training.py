@@ -7,11 +7,10 @@
 
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
-its best is at an end; the other seeds run at the best. Every run is stored as it ends, and a benchmark that was stopped
-goes on where it was.
+its best is at an end, then other momenta at the best; the other seeds run at the best of both. Every run is stored as
+it ends, and a benchmark that was stopped goes on where it was.
 """
 
-import itertools
 import math
 import statistics
 import time
@@ -83,6 +82,7 @@ class Suite:
     base_lr: float
     """Where the search begins: times two to the halves."""
     momenta: tuple[float, ...] = (0.9,)
+    """Learning rates are searched at the first."""
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
 
@@ -105,7 +105,7 @@ _FEWER = (
     "alone",
 )
 SUITES = {
-    "adamw-char": Suite(task="transformer", optimizer="adamw", steps=2000, base_lr=4e-3, momenta=(0.9, 0.8)),
+    "adamw-char": Suite(task="transformer", optimizer="adamw", steps=2000, base_lr=8e-3, momenta=(0.9, 0.8)),
     "adamw-char-short": Suite(task="transformer", optimizer="adamw", steps=400, base_lr=4e-3),
     "sgd-char": Suite(task="transformer", optimizer="sgd", steps=400, base_lr=0.1),
     "sgd-digits": Suite(task="digits", optimizer="sgd", steps=300, base_lr=0.05),
@@ -260,39 +260,43 @@ def start_lr(suite: Suite, method: str) -> float:
     return suite.base_lr
 
 
-def waiting(suite: Suite, method: str, momentum: float, runs: list[Record]) -> Iterator[Trial]:
-    """What can be run now: the grid with the first seed, its extension while the best is at an end, other seeds."""
-    mine = find(suite.among(runs), method=method, momentum=momentum)
+def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
+    """What can be run now, one search after the other: learning rates at the first momentum with the first seed, and
+    more of them while the best is at an end; at the best one the other momenta; at the best of all the other seeds."""
+    mine = find(suite.among(runs), method=method)
     start = start_lr(suite, method)
     trial = Trial(
         task=suite.task,
         optimizer=suite.optimizer,
         method=method,
         lr=start,
-        momentum=momentum,
+        momentum=suite.momenta[0],
         steps=suite.steps,
         world_size=suite.world_size,
     )
-    first = {round(2 * math.log2(r["lr"] / start)): r for r in find(mine, seed=SEEDS[0])}
-    wanted = {-1, 0, 1} - first.keys()
+    tried = find(mine, seed=SEEDS[0])
+    rates = {round(2 * math.log2(r["lr"] / start)): r for r in find(tried, momentum=suite.momenta[0])}
+    wanted = {-1, 0, 1} - rates.keys()
     if not wanted:
-        best = min(first, key=lambda k: score(first[k]))
-        wanted = {best - 1, best + 1} - first.keys()
-        if not wanted and score(first[best]) < math.inf:
-            lr = first[best]["lr"]
-            done = {r["seed"] for r in find(mine, lr=lr)}
-            yield from (replace(trial, lr=lr, seed=seed) for seed in SEEDS if seed not in done)
-            return
-    yield from (replace(trial, lr=start * 2 ** (k / 2)) for k in sorted(wanted) if abs(k) <= 8)
+        best = min(rates, key=lambda k: score(rates[k]))
+        wanted = {k for k in (best - 1, best + 1) if abs(k) <= 8} - rates.keys()
+    if wanted:
+        yield from (replace(trial, lr=start * 2 ** (k / 2)) for k in sorted(wanted))
+        return
+    if score(rates[best]) == math.inf:
+        return
+    at_best = find(tried, lr=rates[best]["lr"])
+    momenta = [m for m in suite.momenta if not find(at_best, momentum=m)]
+    if momenta:
+        yield from (replace(trial, lr=rates[best]["lr"], momentum=m) for m in momenta)
+        return
+    chosen = {name: min(at_best, key=score)[name] for name in ("lr", "momentum")}
+    done = {r["seed"] for r in find(mine, **chosen)}
+    yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in done)
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
-    return [
-        trial
-        for suite in suites
-        for method, momentum in itertools.product(suite.methods, suite.momenta)
-        for trial in waiting(suite, method, momentum, runs)
-    ]
+    return [trial for suite in suites for method in suite.methods for trial in waiting(suite, method, runs)]
 
 
 # Reporting

@@ -98,6 +98,7 @@ def test_compression_is_reached_with_the_least_noise(wire: Any, compression: flo
     ("settings", "rule"),
     [
         ({"compression": 0.5}, r"compression must be a number of at least 1, got 0\.5"),
+        ({"compression": float("inf")}, "compression must be a number of at least 1, got inf"),
         ({"compression": "much"}, "compression must be a number of at least 1, got 'much'"),
         ({"compression": 80, "bundle": 2}, "compression is 80, bundle 2 and sparsity None; leave out the one or"),
         ({"compression": 1e9}, r"takes a bundle of \d+ with wire=\"all_gather\", but the most is 4096; compress less"),

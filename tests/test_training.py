@@ -102,22 +102,23 @@ def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> No
 
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:
-    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
+    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1, momenta=(0.9, 0.8, 0.7))
     runs: list[Record] = []
-    while planned := list(waiting(suite, "dense", 0.9, runs)):
-        runs += [{**vars(t), "heldout_loss": abs(math.log2(t.lr / 0.4)) + 0.01 * t.seed} for t in planned]
+    while planned := list(waiting(suite, "dense", runs)):
+        runs += [{**vars(t), "heldout_loss": abs(math.log2(t.lr / 0.4)) + abs(t.momentum - 0.8)} for t in planned]
     best = bench_training.best_runs(suite, "dense", runs)
-    assert [r["lr"] for r in best] == pytest.approx([0.4] * len(SEEDS))
+    assert [(r["lr"], r["momentum"]) for r in best] == [(pytest.approx(0.4), 0.8)] * len(SEEDS)
     assert sorted(r["seed"] for r in best) == list(SEEDS)
     assert sorted({round(r["lr"], 3) for r in runs}) == [0.071, 0.1, 0.141, 0.2, 0.283, 0.4, 0.566]
+    assert len(runs) == 7 + 2 + len(SEEDS) - 1
 
 
 def test_a_method_that_always_diverges_is_given_up() -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
     runs: list[Record] = []
     for _ in range(20):
-        runs += [{**vars(t), "heldout_loss": None} for t in waiting(suite, "dense", 0.9, runs)]
-    assert not list(waiting(suite, "dense", 0.9, runs))
+        runs += [{**vars(t), "heldout_loss": None} for t in waiting(suite, "dense", runs)]
+    assert not list(waiting(suite, "dense", runs))
 
 
 def test_averaging_weights_in_every_step_of_plain_sgd_is_averaging_gradients() -> None:

@@ -1,6 +1,7 @@
 """Settings of the hook and of the phases: frozen dataclasses, every default and every bound."""
 
 import dataclasses
+import math
 from dataclasses import InitVar, dataclass
 from typing import Any, Literal, get_args
 
@@ -49,7 +50,7 @@ class VsaConfig:
     """Divide by the ranks' shared scale before bundling. Right for Adam-like optimizers, wrong for SGD."""
     gain: Gain = "unbiased"
     """"unbiased": the decoded gradient has the right mean (Adam-like). "shrunk": it has the least squared error, at
-    0.81 / B of the length (SGD-like)."""
+    1 / (1 + noise) of the length (SGD-like)."""
     exact_steps: int = 1
     """First steps that travel uncompressed. At least one: it measures the first scales."""
     rotation_block: int = 1024
@@ -129,7 +130,9 @@ class VsaConfig:
                 f"compression chooses bundle and sparsity, but compression is {compression!r}, bundle {self.bundle!r} "
                 f"and sparsity {self.sparsity!r}; leave out the one or the others."
             )
-        elif isinstance(compression, bool) or not isinstance(compression, int | float) or not compression >= 1:
+        elif (
+            isinstance(compression, bool) or not isinstance(compression, int | float) or not 1 <= compression < math.inf
+        ):
             raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
         bundle, sparsity = self.bundle, self.sparsity
         if bundle is None and sparsity is None:
