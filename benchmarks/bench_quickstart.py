@@ -31,7 +31,7 @@ GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
     "adamw": {
         "dense": (2.8e-3, 4e-3, 5.6e-3),
         "powersgd": (2.8e-3, 4e-3, 5.6e-3),
-        "vsa": tuple(lr * learning_rate_factor(compression=TrainConfig.compression) for lr in (2.8e-3, 4e-3, 5.6e-3)),
+        "vsa": tuple(lr * learning_rate_factor() for lr in (2.8e-3, 4e-3, 5.6e-3)),
     },
     "sgd": {
         "dense": (0.025, 0.05, 0.1),
@@ -63,7 +63,7 @@ def is_stated(run: Record) -> bool:
 
 
 def key(run: Record) -> tuple[Any, ...]:
-    return run["optimizer"], run["method"], f"{run['lr']:.4g}", run["seed"], run["steps"]
+    return run["optimizer"], run["method"], f"{run['lr']:.4g}", run["seed"], run["steps"], run.get("bundle")
 
 
 def report(results: Results) -> str:

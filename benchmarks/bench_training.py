@@ -362,7 +362,14 @@ def plot(results: Results, file: Path) -> None:
             mean = torch.stack([losses.mean() for _, losses in points])
             spread = torch.stack([losses.max() - losses.min() for _, losses in points]) / 2
             thick = 2.5 if family in OURS else 1
-            panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
+            panel.errorbar(
+                [at for at, _ in points],
+                mean,
+                spread,
+                marker="o",
+                label=f"vsa_ddp, {family}" if family in OURS else family,
+                linewidth=thick,
+            )
         panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss", title=name)
         panel.legend(fontsize=7)
     figure.savefig(file, dpi=120)

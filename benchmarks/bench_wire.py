@@ -144,7 +144,7 @@ class Fit:
 
     SPARSE = ("all_gather", "two_shot")
     UNKNOWNS = ("dense", "half", "element", *cost.WIRE_METHODS, "gathered", *(f"sparse {wire}" for wire in SPARSE))
-    UNKNOWNS += ("hop", "link", "packets")
+    UNKNOWNS += ("gathered code", "hop", "link", "packets")
 
     def __init__(self, records: list[Record], rotation_s: float) -> None:
         self._records = records
@@ -219,7 +219,8 @@ class Fit:
         else:
             sparse = r["sparsity"] > 1
             ms["element"], ms[f"sparse {method}" if sparse else method] = n * local, d * local
-            ms["gathered"] = w * d * local if method == "all_gather" and not sparse else 0.0
+            if method == "all_gather":
+                ms["gathered code" if sparse else "gathered"] = w * d / r["sparsity"] * local
         ms["hop"] = priced.hops * 1e-3 * self._slowdown(r)
         if r["mbit"] is not None:
             ms["link" if priced.pipelined else "packets"] = priced.received_bytes * 8e-3 / r["mbit"]
@@ -341,12 +342,11 @@ def _advice(results: Results) -> list[str]:
     for hosts, mbit in itertools.product(HOSTS, LINKS):
         at = find(results["records"], hosts=hosts, mbit=mbit, num_parameters=size)
         if at and mbit is not None:
-            ours = [r["median_ms"] for r in at if r["method"] in cost.WIRE_METHODS and r["sparsity"] == 8]
+            advice = cost.advise(size, hosts, gbit_per_s=mbit / 1000)
+            (ours,) = of_method(at, (advice.wire, advice.bundle, advice.sparsity, USUAL_MIB))
             others = [r["median_ms"] for r in at if r["method"] in ("dense", "bf16", "fp16")]
-            paid = "paid" if min(ours) < min(others) else "did not pay"
-            lines.append(
-                f"- {hosts} hosts, {link_name(mbit)}: {cost.advise(size, hosts, gbit_per_s=mbit / 1000)}; it {paid}"
-            )
+            paid = "paid" if ours["median_ms"] < min(others) else "did not pay"
+            lines.append(f"- {hosts} hosts, {link_name(mbit)}: {advice}; it {paid}")
     return lines
 
 

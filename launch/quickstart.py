@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cli import run_command
-from launch.train import POWERSGD_RANK, Method, OptimizerName, TrainConfig, check_setting
+from launch.train import POWERSGD_RANK, Method, OptimizerName, TrainConfig, check_settings
 from vsa_ddp import __version__
 
 mpl.use("Agg")
@@ -147,8 +147,8 @@ def main(
         int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or 2 on CPU.", show_default=False)
     ] = None,
     compression: Annotated[
-        float, typer.Option(help="vsa_ddp: times fewer bytes than float32, at least.")
-    ] = TrainConfig.compression,
+        float | None, typer.Option(help="vsa_ddp: times fewer bits than float32; 64 if not given.", show_default=False)
+    ] = None,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all three runs.")] = TrainConfig.optimizer,
     seed: Annotated[int, typer.Option(min=0, help="Seed of model, data order and keys.")] = TrainConfig.seed,
     phases: Annotated[
@@ -157,7 +157,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for quickstart.json and quickstart.png.")] = Path("runs"),
 ) -> int:
     """Train a character transformer by plain DDP, PowerSGD and vsa_ddp; show loss and bytes side by side."""
-    check_setting("compression", compression)
+    check_settings(compression=compression)
     ranks = default_ranks() if ranks is None else ranks
     if 0 < torch.cuda.device_count() < ranks:
         raise typer.BadParameter(

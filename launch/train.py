@@ -30,7 +30,7 @@ from launch.charlm import CharTransformer, Corpus, windows
 from launch.checkpoint import Checkpoint, Stateful
 from launch.cli import run_command
 from launch.timing import TimedDDP
-from vsa_ddp.config import COMPRESSION, WireName
+from vsa_ddp.config import WireName
 from vsa_ddp.nodes import RanksPerNode
 
 Method = Literal["dense", "powersgd", "vsa"]
@@ -54,7 +54,8 @@ class TrainConfig:
 
     method: Method = "vsa"
     steps: int = 1000
-    compression: float = COMPRESSION
+    compression: float | None = None
+    """None: that of `vsa_ddp.register`, unless there is a bundle."""
     bundle: int | None = None
     """Instead of the compression: the same code for every wire."""
     wire: WireName = "all_gather"
@@ -73,12 +74,13 @@ class TrainConfig:
     """Skip backward passes where predicted gradients prove right. `steps` counts the others."""
 
 
-def check_setting(name: str, value: object) -> None:
-    """Raises: typer.BadParameter if `VsaConfig` refuses the value."""
+def check_settings(**settings: Any) -> None:
+    """Raises: typer.BadParameter if `VsaConfig` refuses them."""
     try:
-        vsa_ddp.VsaConfig.from_settings({name: value})
+        vsa_ddp.VsaConfig.from_settings(settings)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=f"'--{name.replace('_', '-')}'") from None
+        given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+        raise typer.BadParameter(str(error), param_hint=f"'{', '.join(given)}'") from None
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -104,8 +106,7 @@ def take_gpu(local_rank: int) -> None:
 
 def code(config: TrainConfig) -> dict[str, Any]:
     """Settings of `register` that decide what is sent, and how much noise there is."""
-    size = {"compression": config.compression} if config.bundle is None else {"bundle": config.bundle}
-    return {**size, "wire": config.wire}
+    return {name: getattr(config, name) for name in ("compression", "bundle", "wire")}
 
 
 def learning_rate(config: TrainConfig) -> float:
@@ -296,8 +297,8 @@ def main(
     method: Annotated[Method, typer.Option(help="How gradients are sent.")] = "vsa",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
     compression: Annotated[
-        float, typer.Option(help="vsa: times fewer bytes than float32, at least.")
-    ] = TrainConfig.compression,
+        float | None, typer.Option(help="vsa: times fewer bits than float32; 64 if not given.", show_default=False)
+    ] = None,
     bundle: Annotated[int | None, typer.Option(help="vsa, instead of compression: slots per hypervector.")] = None,
     wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
     ranks_per_node: Annotated[
@@ -321,11 +322,9 @@ def main(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:
     """Train under torchrun, and print or write the figures."""
-    check_setting("compression", compression)
-    if bundle is not None:
-        check_setting("bundle", bundle)
     ranks = int(ranks_per_node) if ranks_per_node.isdecimal() else ranks_per_node
-    check_setting("ranks_per_node", ranks)
+    check_settings(ranks_per_node=ranks)
+    check_settings(compression=compression, bundle=bundle, wire=wire)
     config = TrainConfig(
         method=method,
         steps=steps,

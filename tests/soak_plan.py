@@ -14,11 +14,11 @@ from tests.models import Net
 from vsa_ddp.config import Adapt
 
 WIRES: list[dict[str, Any]] = [
-    {"wire": "all_gather"},
-    {"wire": "all_reduce"},
-    {"wire": "two_shot"},
-    {"wire": "all_gather", "ranks_per_node": 2},
-    {"wire": "two_shot", "ranks_per_node": 2},
+    {"wire": "all_gather", "bundle": 4},
+    {"wire": "all_reduce", "bundle": 4},
+    {"wire": "two_shot", "bundle": 4},
+    {"wire": "all_gather", "bundle": 4, "ranks_per_node": 2},
+    {"wire": "two_shot", "bundle": 4, "ranks_per_node": 2},
     {"wire": "all_gather", "bundle": 1, "sparsity": 16},
     {"wire": "two_shot", "bundle": 1, "sparsity": 16},
 ]

@@ -222,6 +222,7 @@ def gradient(index: int, field: int, value: Any) -> Callable[[dict[str, Any]], o
         (lambda h: h.update(gradients=[3]), "must be a name, a shape, a dtype and an exponent, got 3"),
         (lambda h: h["settings"].pop("seed"), "settings must be bundle, gain"),
         (lambda h: h["settings"].update(bundle=0), r"bundle must be in 1\.\.4096, got 0"),
+        (lambda h: h["settings"].update(bundle=None), "bundle must be an int, got None"),
         (lambda h: h["settings"].update(gain=[]), "gain must be one of"),
         (gradient(0, 0, "bias"), "two gradients have the same name"),
         (gradient(0, 0, 5), "gradient 5 has dtype"),

@@ -45,6 +45,7 @@ def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
     sparse = {wire: found[f"sparse {wire}"] for wire in fit.SPARSE}
     assert CPU_CORE.sparse_trit_ns == pytest.approx(sparse, rel=0.01)
     assert CPU_CORE.gathered_trit_ns == pytest.approx(found["gathered"], rel=0.01)
+    assert CPU_CORE.gathered_code_ns == pytest.approx(found["gathered code"], rel=0.01)
     assert CPU_CORE.reference_rotation_s == pytest.approx(fit.rotation_s, rel=0.01)
 
 
@@ -76,7 +77,11 @@ def synthetic(constants: dict[str, float]) -> list[dict[str, Any]]:
 
 def test_the_fit_finds_the_constants_of_a_machine_that_has_them() -> None:
     constants = dict(
-        zip(bench_wire.Fit.UNKNOWNS, (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 7.0, 9.0, 40.0, 1.05, 0.3), strict=True)
+        zip(
+            bench_wire.Fit.UNKNOWNS,
+            (1.0, 2.0, 5.0, 11.0, 13.0, 17.0, 3.0, 7.0, 9.0, 19.0, 40.0, 1.05, 0.3),
+            strict=True,
+        )
     )
     assert bench_wire.Fit(synthetic(constants), 1.0).constants() == pytest.approx(constants, rel=1e-6)
 

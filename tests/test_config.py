@@ -56,6 +56,8 @@ def test_the_learning_rate_factor_is_the_root_of_the_second_moments_growth() -> 
     assert learning_rate_factor(bundle=4) == pytest.approx((4 / 0.8098) ** 0.5, rel=1e-3)
     assert learning_rate_factor(bundle=4, wire="two_shot") == pytest.approx(2 / 0.8098, rel=1e-3)
     assert learning_rate_factor() == learning_rate_factor(compression=64) == learning_rate_factor(sparsity=8)
+    assert learning_rate_factor(320) == pytest.approx(3.41, abs=0.01)
+    assert learning_rate_factor(wire="dense") == 1
     with pytest.raises(ValueError, match=r"bundle must be in 1\.\.4096, got 0"):
         learning_rate_factor(bundle=0)
 
@@ -74,12 +76,16 @@ def test_the_learning_rate_factor_is_the_root_of_the_second_moments_growth() -> 
         ({"compression": 80}, 1, 16),
         ({"compression": 80, "wire": "all_reduce"}, 4, 1),
         ({"compression": 2000}, 4, 128),
+        ({"compression": 2000, "rotation_block": 128}, 20, 16),
     ],
 )
 def test_compression_chooses_bundle_and_sparsity(settings: dict[str, Any], bundle: int, sparsity: int) -> None:
     config = VsaConfig(**settings)
     assert (config.bundle, config.sparsity) == (bundle, sparsity)
-    assert replace(config, seed=5).sparsity == sparsity
+    assert VsaConfig.from_settings(vars(replace(config, seed=5))) == replace(config, seed=5)
+    chosen = settings.get("compression", 64) if {"bundle", "sparsity"}.isdisjoint(settings) else None
+    assert config.compression == chosen
+    assert config.for_wire("two_shot") == VsaConfig(**{**settings, "wire": "two_shot"})
 
 
 @pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])
@@ -100,8 +106,15 @@ def test_compression_is_reached_with_the_least_noise(wire: Any, compression: flo
         ({"compression": 0.5}, r"compression must be a number of at least 1, got 0\.5"),
         ({"compression": float("inf")}, "compression must be a number of at least 1, got inf"),
         ({"compression": "much"}, "compression must be a number of at least 1, got 'much'"),
-        ({"compression": 80, "bundle": 2}, "compression is 80, bundle 2 and sparsity None; leave out the one or"),
-        ({"compression": 1e9}, r"takes a bundle of \d+ with wire=\"all_gather\", but the most is 4096; compress less"),
+        (
+            {"compression": 80, "bundle": 2},
+            "bundle of 1 and a sparsity of 16, but they are 2 and None; leave out the one",
+        ),
+        (
+            {"compression": 1e9},
+            r"at most 2097152 with wire=\"all_gather\" and a rotation_block of 1024, got 1000000000\.0",
+        ),
+        ({"compression": 1e5, "wire": "all_reduce"}, r'at most 81920 with wire="all_reduce"'),
     ],
 )
 def test_a_compression_that_cannot_be_is_named(settings: dict[str, Any], rule: str) -> None:

@@ -52,6 +52,16 @@ def test_a_link_fast_enough_does_not_pay_and_the_line_says_so() -> None:
         assert advice.ms[advice.wire] == min(advice.ms[wire] for wire in WIRE_METHODS)
 
 
+def test_every_wire_is_priced_with_the_code_that_compression_chooses_for_it() -> None:
+    many = advise(10_000_000, 64, gbit_per_s=0.01)
+    assert (many.wire, many.bundle, many.sparsity) == ("two_shot", 2, 2)
+    assert set(many.ms) == {"dense", "half", "all_gather", "two_shot"}
+    assert "ms a step by two_shot with bundle 2 and sparsity 2" in str(many)
+    few = advise(10_000_000, 2, gbit_per_s=0.1, compression=320)
+    assert (few.wire, few.bundle, few.sparsity) == ("all_gather", 2, 32)
+    assert "all_reduce" in advise(10_000_000, 2, gbit_per_s=0.1, bundle=4).ms
+
+
 def test_one_rank_sends_nothing() -> None:
     advice = advise(1_000_000, 1, gbit_per_s=float("inf"))
     assert cost("dense", 1_000_000, 1, 4, 1).received_bytes == 0
@@ -106,9 +116,10 @@ def auto_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list
     return digests, state.state_dict(), [text for text in records if text.startswith("wire=")]
 
 
-def test_auto_is_the_wire_it_names(tmp_path: Path) -> None:
-    ranks = run_ranks(auto_run, 4, tmp_path, {"wire": "auto", "link_gbit": 0.0001, "bundle": 4})
-    plain = run_ranks(auto_run, 4, tmp_path, {"wire": "two_shot", "bundle": 4})
+@pytest.mark.parametrize("code", [{}, {"bundle": 4}, {"gain": "shrunk", "whiten": False}])
+def test_auto_is_the_wire_it_names(tmp_path: Path, code: dict[str, Any]) -> None:
+    ranks = run_ranks(auto_run, 4, tmp_path, {"wire": "auto", "link_gbit": 0.0001, **code})
+    plain = run_ranks(auto_run, 4, tmp_path, {"wire": "two_shot", **code})
     for (digests, saved, log), (expected, *_) in zip(ranks, plain, strict=True):
         assert digests == expected
         assert saved["chosen_wire"] == "two_shot"

@@ -38,6 +38,8 @@ def fifty_steps(rank: int, world_size: int, settings: dict[str, Any]) -> list[st
         {"bundle": 1},
         {"bundle": 4},
         {"bundle": 4, "gain": "shrunk", "whiten": False},
+        {},
+        {"wire": "two_shot"},
         {"bundle": 4, "wire": "all_reduce"},
         {"bundle": 4, "wire": "two_shot"},
         {"bundle": 4, "wire": "all_reduce", "ranks_per_node": 2},

@@ -107,7 +107,7 @@ def test_the_schedule_warms_up_and_decays_to_a_tenth() -> None:
 
 def test_learning_rates_are_stated_for_every_method_and_optimizer() -> None:
     dense, ours = (learning_rate(TrainConfig(method=method)) for method in ("dense", "vsa"))  # type: ignore[arg-type]
-    assert ours == pytest.approx(dense * learning_rate_factor(compression=TrainConfig.compression))
+    assert ours == pytest.approx(dense * learning_rate_factor())
     for optimizer, grid in bench_quickstart.GRIDS.items():
         for method, lrs in grid.items():
             stated = learning_rate(TrainConfig(method=method, optimizer=optimizer))  # type: ignore[arg-type]

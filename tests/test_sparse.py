@@ -15,8 +15,8 @@ from tests.models import digest, gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, learning_rate_factor
 from vsa_ddp.compressor import VSAGradientCompressor
-from vsa_ddp.rates import NMSES, unbiased_nmse
-from vsa_ddp.sparse import GROUP, code_bits, pack_codes, quantize_sparsely, row_bytes, unpack_codes
+from vsa_ddp.rates import NMSES, code_bits, unbiased_nmse
+from vsa_ddp.sparse import GROUP, pack_codes, quantize_sparsely, row_bytes, unpack_codes
 from vsa_ddp.ternary import dequantize, level
 
 SPARSITIES = (2, 4, 8, 16, 32, 64, 128)

@@ -286,12 +286,12 @@ def test_loading_into_a_state_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def make_codec(state: VsaState) -> Codec:
-    layout = plan_bucket((("weight", (32, 64)),), VsaConfig(bundle=4))
+    layout = plan_bucket((("weight", (32, 64)),), state.config)
     return Codec(layout, state.config, state.whitening, torch.device("cpu"), TorchKernels())
 
 
 def test_a_saved_state_does_not_change_with_the_run() -> None:
-    state = VsaState()
+    state = VsaState(config=VsaConfig(bundle=4))
     codec = make_codec(state)
     for value in (1.0, 2.0):
         state.update_scales(codec, torch.full((96,), value), torch.full((1,), value))
@@ -302,7 +302,7 @@ def test_a_saved_state_does_not_change_with_the_run() -> None:
 
 
 def test_a_shared_sigma_doubles_at_most_and_falls_at_once() -> None:
-    state = VsaState()
+    state = VsaState(config=VsaConfig(bundle=4))
     codec = make_codec(state)
     seen = []
     for value in (1.0, 8.0, 8.0, 8.0, float("inf"), 0.5, 0.0, 3.0):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from benchmarks.store import Record
 from tests.models import gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig
+from vsa_ddp.cost import LEVEL_BITS
+from vsa_ddp.rates import bits_per_trit, num_roundings, unbiased_nmse
 from vsa_ddp.wires import WIRES
 
 STEPS = 6
@@ -99,6 +102,27 @@ def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> No
     sent = 8 * 4 * (64 + 48) + 2 * 4 * 64 * 48 + 10 * 4 * 48
     assert power.sent_bytes == sent
     torch.testing.assert_close(total[: 64 * 48] + kept, 10 * gradient_WN.mean(0)[: 64 * 48], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("code", [{}, {"compression": 320}, {"bundle": 3}])
+def test_what_arrives_has_the_noise_and_the_bytes_that_the_settings_mean(wire: Any, code: dict[str, Any]) -> None:
+    config = VsaConfig(wire=wire, whiten=False, **code)
+    hook = LockstepHook((("weight", (768, 512)),), config)
+    gradient_1N = torch.randn(1, 768 * 512, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):  # the first is exact, and the next finds out the standard deviation
+        hook.average(gradient_1N.clone())
+    before, noise = hook.sent_bytes, []
+    for _ in range(10):
+        decoded_N = hook.average(gradient_1N.clone())
+        noise.append(((decoded_N - gradient_1N[0]).square().sum() / gradient_1N.square().sum()).item())
+    assert sum(noise) / 10 == pytest.approx(
+        unbiased_nmse(config.bundle, config.sparsity, num_roundings(wire)), rel=0.03
+    )
+    if wire == "all_gather":
+        bits = 8 * (hook.sent_bytes - before) / 10 / gradient_1N.numel()
+        assert bits == pytest.approx((bits_per_trit(config.sparsity) + LEVEL_BITS) / config.bundle, rel=0.01)
+        assert config.compression is None or 32 / bits > 0.9 * config.compression
 
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:

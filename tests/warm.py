@@ -2,9 +2,10 @@
 
 import torch
 
-from tests.test_kernels import CPU, passes
+from tests.test_kernels import CPU, passes, sparse_passes
 from vsa_ddp import VsaConfig
 from vsa_ddp.kernels import load_kernels
 
 torch.set_num_threads(1)  # threads would not survive the fork
-passes(load_kernels("auto", CPU), VsaConfig())
+passes(load_kernels("auto", CPU), VsaConfig(bundle=4))
+sparse_passes(load_kernels("auto", CPU), VsaConfig())

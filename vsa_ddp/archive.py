@@ -260,6 +260,8 @@ def _read_header(text: str) -> tuple[VsaConfig, int, tuple[Entry, ...]]:
     settings, step, gradients = header["settings"], header["step"], header["gradients"]
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
         raise ValueError(f"the settings must be {', '.join(SETTINGS)}, got {settings!r}.")
+    if settings["bundle"] is None:
+        raise ValueError("bundle must be an int, got None.")
     check_step(step)
     if not isinstance(gradients, list) or not gradients:
         raise ValueError("there must be a list of gradients, at least one.")

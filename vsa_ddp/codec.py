@@ -31,7 +31,7 @@ class Codec:
     ) -> None:
         self.layout = layout
         self.kernels = kernels
-        self._config = config
+        self.config = config
         self._whitening = whitening
         self._bucket = kernels.for_bucket(layout, config.seed, device)
         ranges = [torch.arange(s.offset, s.offset + s.numel, device=device) for s in layout.exact]
@@ -62,7 +62,7 @@ class Codec:
 
     def fresh_keys(self, step: int) -> Tensor:
         """The step's keys of one slot more, for a second rounding. Shapes: -> (T, K / 32) int32."""
-        words = hypervector.key_words(*self._fresh_counters, step, self._config.seed)
+        words = hypervector.key_words(*self._fresh_counters, step, self.config.seed)
         return words.view(-1, self.layout.rotation_block // 32)
 
     def encode(self, bucket_N: Tensor, keys: Keys) -> tuple[Gradient, Tensor]:
@@ -78,5 +78,5 @@ class Codec:
     def decode_(self, bucket_N: Tensor, mean: Received, exact_E: Tensor, keys: Keys) -> None:
         """Write the ranks' mean into the bucket, in place."""
         factors_S = None if self._factors_2S is None else self._factors_2S[1]
-        self._bucket.decode_(bucket_N, factors_S, keys, mean, gain(self._config))
+        self._bucket.decode_(bucket_N, factors_S, keys, mean, gain(self.config))
         bucket_N.index_copy_(0, self._exact_E, exact_E)

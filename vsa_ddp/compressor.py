@@ -53,7 +53,8 @@ class VSAGradientCompressor:
 
     Args:
         config: of its settings count `bundle`, `whiten`, `gain`, `rotation_block`, `min_numel`, `seed` and `backend`;
-            the others are the hook's. None is a bundle of 4.
+            the others are the hook's. It has to name a bundle, since the hook's own choice sends not all trits. None
+            is a bundle of 4.
 
     Gradients of one dimension, those with less than `min_numel` elements, and those that would not become smaller are
     stored as they are and come back bit for bit. Of the others comes back an estimate: unbiased over steps and seeds
@@ -72,8 +73,8 @@ class VSAGradientCompressor:
         self.config = config if config is not None else VsaConfig(bundle=4)
         if self.config.sparsity > 1:
             raise ValueError(
-                f"files hold all trits of a hypervector, so sparsity must be 1, got {self.config.sparsity}; give a "
-                "VsaConfig(bundle=...), about 20 times fewer bytes for each."
+                f"files hold all trits of a hypervector, so sparsity must be 1, got {self.config.sparsity}; name a "
+                "bundle, VsaConfig(bundle=B), for about 20 * B times fewer bytes."
             )
         self._coders: dict[tuple[str, torch.device], _Coder] = {}
         self._stats = CompressorStats()

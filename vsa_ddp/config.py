@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vsa_ddp.nodes import RanksPerNode
@@ -16,7 +16,7 @@ Adapt = Literal["gate", "trend", "none"]
 HistoryDtype = Literal["float32", "bfloat16"]
 
 COMPRESSION = 64.0
-"""Where nothing is said: the decoded gradient then has the noise of one from two fifths of the batch."""
+"""Where nothing is said. By `all_gather` the decoded gradient has the noise of one from two fifths of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,10 @@ class VsaConfig:
     Raises: ValueError naming the setting, the rule and the value.
     """
 
-    compression: InitVar[float | None] = None
-    """How many times fewer bytes than float32, at least; 64 if neither this nor `bundle` nor `sparsity` is given.
-    Chooses those two, for the least noise. Levels, padding and small parameters come on top of it."""
+    compression: float | None = None
+    """How many times fewer bits than float32's an element has, at least; 64 if neither this nor `bundle` nor `sparsity`
+    is given. Chooses those two, for the least noise by the wire. Levels, 16 bits for each rotation block, padding and
+    small parameters come on top. None if they were given instead."""
     bundle: int = None  # type: ignore[assignment]  # `__post_init__` chooses
     """B, how many slots share one hypervector. Given alone, all trits are sent: 20 * B times fewer bytes."""
     sparsity: int = None  # type: ignore[assignment]
@@ -70,8 +71,13 @@ class VsaConfig:
     """What calculates: "triton" on CUDA, "numba" on a CPU, "torch" on both; "auto" takes the fastest that is installed.
     The gradients are the same, bit for bit."""
 
-    def __post_init__(self, compression: float | None) -> None:
-        self._choose(compression)
+    def __post_init__(self) -> None:
+        block = self.rotation_block
+        if not isinstance(block, int) or block < 128 or block > 16384 or block & (block - 1):
+            raise ValueError(
+                f"rotation_block must be a power of two in 128..16384 (larger ones are not exact), got {block!r}."
+            )
+        self._choose()
         for name, low, high in (
             ("bundle", 1, MAX_BUNDLE),
             ("exact_steps", 1, None),
@@ -92,11 +98,6 @@ class VsaConfig:
             raise ValueError(
                 f'wire="all_reduce" sums every trit and saves nothing where most are zero, but sparsity is '
                 f'{self.sparsity}; use wire="all_gather" or "two_shot".'
-            )
-        block = self.rotation_block
-        if not isinstance(block, int) or block < 128 or block > 16384 or block & (block - 1):
-            raise ValueError(
-                f"rotation_block must be a power of two in 128..16384 (larger ones are not exact), got {block!r}."
             )
         if block < 8 * self.sparsity:
             raise ValueError(
@@ -121,34 +122,41 @@ class VsaConfig:
         if not isinstance(self.whiten, bool):
             raise ValueError(f"whiten must be True or False, got {self.whiten!r}.")
 
-    def _choose(self, compression: float | None) -> None:
+    def _choose(self) -> None:
         """Give `bundle` and `sparsity` their values where they were left out."""
+        given: tuple[int | None, int | None] = self.bundle, self.sparsity
+        compression = COMPRESSION if self.compression is None and given == (None, None) else self.compression
         if compression is None:
-            compression = COMPRESSION
-        elif self.bundle is not None or self.sparsity is not None:
-            raise ValueError(
-                f"compression chooses bundle and sparsity, but compression is {compression!r}, bundle {self.bundle!r} "
-                f"and sparsity {self.sparsity!r}; leave out the one or the others."
-            )
+            chosen = (1 if given[0] is None else given[0], 1 if given[1] is None else given[1])
         elif (
             isinstance(compression, bool) or not isinstance(compression, int | float) or not 1 <= compression < math.inf
         ):
             raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
-        bundle, sparsity = self.bundle, self.sparsity
-        if bundle is None and sparsity is None:
-            bundle, sparsity = least_noise(compression, self.wire)
-            if bundle > MAX_BUNDLE:
+        else:
+            chosen = least_noise(compression, self.wire, self.rotation_block)
+            if given not in ((None, None), chosen):
                 raise ValueError(
-                    f'compression is {compression!r}, which takes a bundle of {bundle} with wire="{self.wire}", but '
-                    f"the most is {MAX_BUNDLE}; compress less."
+                    f"compression={compression!r} chooses a bundle of {chosen[0]} and a sparsity of {chosen[1]}, but "
+                    f"they are {given[0]!r} and {given[1]!r}; leave out the one or the others."
                 )
-        object.__setattr__(self, "bundle", 1 if bundle is None else bundle)
-        object.__setattr__(self, "sparsity", 1 if sparsity is None else sparsity)
+        for name, value in zip(("compression", "bundle", "sparsity"), (compression, *chosen), strict=True):
+            object.__setattr__(self, name, value)
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the code: the compression, or else bundle and sparsity."""
+        if self.compression is not None:
+            return {"compression": self.compression}
+        return {"bundle": self.bundle, "sparsity": self.sparsity}
+
+    def for_wire(self, wire: WireName) -> "VsaConfig":
+        """The same for a wire, which compression chooses another code for."""
+        code = {"compression": None, "bundle": None, "sparsity": None, **self.asked()}
+        return dataclasses.replace(self, wire=wire, link_gbit=None, **code)
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "VsaConfig":
         """The config with `settings` over the defaults. Raises ValueError for a name that does not exist."""
-        names = ["compression", *(field.name for field in dataclasses.fields(cls))]
+        names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(settings) - set(names)):
             raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}.")
         return cls(**settings)

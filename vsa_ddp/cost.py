@@ -12,13 +12,14 @@ Letters: N gradient elements, D trits, W ranks.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.rates import bits_per_trit
 
-Method = Literal["dense", "half", "all_gather", "all_reduce", "two_shot"]
-WIRE_METHODS: tuple[Method, ...] = ("all_gather", "all_reduce", "two_shot")
+Compressed = Literal["all_gather", "all_reduce", "two_shot"]
+Method = Literal["dense", "half"] | Compressed
+WIRE_METHODS: tuple[Compressed, ...] = ("all_gather", "all_reduce", "two_shot")
 
 BUCKET_BYTES = 25 * 2**20
 """DDP's own; each bucket pays its hops."""
@@ -51,6 +52,8 @@ class Arithmetic:
     """The same where of several trits one is sent: per trit, sent or not."""
     gathered_trit_ns: float
     """Per trit of every packet of all trits that `all_gather` decodes; zero where the fit finds none beside it."""
+    gathered_code_ns: float
+    """The same per block code."""
     reference_rotation_s: float
     """How long one rotation of 2**20 elements took there."""
 
@@ -62,6 +65,7 @@ CPU_CORE = Arithmetic(
     trit_ns={"all_gather": 5.4, "all_reduce": 9.8, "two_shot": 19.0},
     sparse_trit_ns={"all_gather": 5.4, "two_shot": 19.0},
     gathered_trit_ns=0.891,
+    gathered_code_ns=1.0,
     reference_rotation_s=0.00133,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
@@ -115,8 +119,8 @@ def cost(
         "two_shot": (ring * packet, w),
     }[method]
     ns = CPU_CORE.element_ns * n + (CPU_CORE.trit_ns if sparsity == 1 else CPU_CORE.sparse_trit_ns)[method] * d
-    if method == "all_gather" and sparsity == 1:
-        ns += CPU_CORE.gathered_trit_ns * w * d
+    if method == "all_gather":
+        ns += w * d * (CPU_CORE.gathered_trit_ns if sparsity == 1 else CPU_CORE.gathered_code_ns / sparsity)
     return Cost(received, buckets * hops, ns * 1e-9 * slowdown)
 
 
@@ -128,10 +132,11 @@ class Advice:
     world_size: int
     bundle: int
     sparsity: int
+    """Of the wire, as compression chooses them."""
     link: LinkSpeed
     slowdown: float
     ms: dict[Method, float]
-    wire: Method
+    wire: Compressed
     """The fastest of the compressed wires."""
     pays: bool
     """Whether it beats a dense all-reduce, in 32 and in 16 bits."""
@@ -161,7 +166,9 @@ def advise(
     gbit_per_s: float,
     latency_ms: float = 0.1,
     slowdown: float = 1.0,
-    **settings: Any,
+    compression: float | None = None,
+    bundle: int | None = None,
+    sparsity: int | None = None,
 ) -> Advice:
     """Which wire suits, and does it pay? From a model of the link; `print` it for one line.
 
@@ -172,7 +179,8 @@ def advise(
         latency_ms: from one rank to the next, in milliseconds.
         slowdown: this machine's time for a rotation over that of the CPU core that the model was fitted on; a GPU's is
             far below 1. `python -m vsa_ddp` measures all three in a running group.
-        settings: as for `register`; where most trits are zero no network sums them, so "all_reduce" is left out.
+        compression, bundle, sparsity: as in `VsaConfig`, each wire with the code that suits it. "all_reduce" is left
+            out where others send few of the trits: at as many bits it has more noise.
 
     Raises: ValueError for a value that cannot be.
     """
@@ -184,13 +192,13 @@ def advise(
             raise ValueError(f"{name} must be greater than 0, got {speed}.")
     if not latency_ms >= 0:
         raise ValueError(f"latency_ms must be at least 0, got {latency_ms}.")
-    config = VsaConfig.from_settings(settings)
-    bundle, sparsity = config.bundle, config.sparsity
+    config = VsaConfig(compression=compression, bundle=bundle, sparsity=sparsity)  # type: ignore[arg-type]
     link = LinkSpeed(gbit_per_s * 1e9 / 8, latency_ms * 1e-3)
-    wires = tuple(method for method in WIRE_METHODS if sparsity == 1 or method != "all_reduce")
-    methods: tuple[Method, ...] = ("dense", "half", *wires)
-    costs = {m: cost(m, num_parameters, world_size, bundle, sparsity, slowdown=slowdown) for m in methods}
+    codes = {wire: config.for_wire(wire) for wire in WIRE_METHODS if config.sparsity == 1 or wire != "all_reduce"}
+    settings: dict[Method, tuple[int, int]] = {"dense": (1, 1), "half": (1, 1)}
+    settings |= {wire: (code.bundle, code.sparsity) for wire, code in codes.items()}
+    costs = {m: cost(m, num_parameters, world_size, *each, slowdown=slowdown) for m, each in settings.items()}
     ms = {method: each.seconds(link) * 1e3 for method, each in costs.items()}
-    wire = min(wires, key=lambda method: ms[method])
+    wire = min(codes, key=lambda wire: ms[wire])
     pays = world_size > 1 and ms[wire] < min(ms["dense"], ms["half"])
-    return Advice(num_parameters, world_size, bundle, sparsity, link, slowdown, ms, wire, pays)
+    return Advice(num_parameters, world_size, *settings[wire], link, slowdown, ms, wire, pays)

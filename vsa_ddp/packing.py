@@ -9,9 +9,12 @@ packet of another bucket, and a damaged one.
 | levels | 2 * T           | bfloat16: the value of trit +1 in each rotation block                             |
 | scales | 2 * S           | bfloat16: means of this rank's squared gradient over rows and columns, or nothing |
 | exact  | itemsize * E    | the small parameters' gradient in the bucket's own dtype                          |
-| trits  | T * ceil(K / 5) | five trits to a byte, base 3; each rotation block begins a byte                   |
+| trits  | T * P           | each rotation block begins a byte: five trits to a byte, base 3, P = ceil(K / 5); |
+|        |                 | or with a sparsity of n > 1 block codes, `sparse.pack_codes`, P = K b / 8n        |
 
-Shape letters: T rotation blocks of K trits in P = ceil(K / 5) bytes or L lanes, E exact elements, S scales.
+A block code has b = 1 + log2 n bits, place + n * (1 if negative), the first of eight in the lowest bits.
+
+Shape letters: T rotation blocks of K trits in P bytes or L lanes, E exact elements, S scales.
 """
 
 from dataclasses import dataclass

@@ -65,12 +65,11 @@ def advise_group(
     world_size: int,
     *,
     gbit_per_s: float | None = None,
-    **settings: Any,
+    **code: Any,
 ) -> Advice:
     """`cost.advise` from what is measured in the group, the same on all ranks. Collective, blocks.
 
-    Args: `gbit_per_s` as stated, which spares measuring the link; `world_size` of those that exchange; `settings` as
-        for `register`.
+    Args: `gbit_per_s` as stated, which spares measuring the link; `world_size` of those that exchange; `code` as there.
     """
     latency_ms = 0.1
     if gbit_per_s is None:
@@ -82,7 +81,7 @@ def advise_group(
         gbit_per_s=gbit_per_s,
         latency_ms=latency_ms,
         slowdown=measure_slowdown(group, device),
-        **settings,
+        **code,
     )
 
 

@@ -1,16 +1,6 @@
 """What a setting sends and what it loses: bits per element, noise of the decoded gradient, and the least for a size.
 
-    sparsity    bits per trit    noise over signal of one rounding, unbiased
-    1           1.6              0.235
-    2           1.0              0.571
-    4           0.75             0.864
-    8           0.5              1.52
-    16          0.3125           2.71
-    32          0.1875           4.81
-    64          0.1094           8.50
-    128         0.0625           15.0
-
-A bundle of B slots divides the bits by B, and multiplies what is not signal. Plain numbers: no tensors, no processes.
+Plain numbers: no tensors, no processes.
 """
 
 import math
@@ -21,9 +11,14 @@ block codes n / m^2 - 1, m the mean of the largest size of n standard Gaussians.
 MAX_BUNDLE = 4096
 
 
+def code_bits(sparsity: int) -> int:
+    """Bits of a block code: the place of its trit and a sign."""
+    return sparsity.bit_length()
+
+
 def bits_per_trit(sparsity: int) -> float:
-    """Five trits to a byte; or of n trits the largest one's place and sign."""
-    return 1.6 if sparsity == 1 else sparsity.bit_length() / sparsity
+    """Five trits to a byte; or of n trits one block code."""
+    return 1.6 if sparsity == 1 else code_bits(sparsity) / sparsity
 
 
 def num_roundings(wire: str) -> int:
@@ -37,8 +32,19 @@ def unbiased_nmse(bundle: int, sparsity: int = 1, roundings: int = 1) -> float:
     return bundle * (1.0 + NMSES[sparsity]) ** roundings - 1.0
 
 
-def least_noise(compression: float, wire: str) -> tuple[int, int]:
-    """Bundle and sparsity that send at most 1 / compression of float32's bits, with the least noise for that."""
-    sparsities = [1] if wire == "all_reduce" else list(NMSES)  # a network sums all trits or none
-    settings = [(math.ceil(compression * bits_per_trit(n) / 32), n) for n in sparsities]
-    return min(settings, key=lambda s: unbiased_nmse(s[0], s[1], num_roundings(wire)))
+def least_noise(compression: float, wire: str, rotation_block: int) -> tuple[int, int]:
+    """Bundle and sparsity that send at most 1 / compression of float32's bits, with the least noise for that.
+
+    Raises: ValueError if nothing sends so little.
+    """
+    # A network sums all trits or none; eights of block codes fill whole bytes
+    most_sparse = 1 if wire == "all_reduce" else rotation_block // 8
+    codes = [(math.ceil(compression * bits_per_trit(n) / 32), n) for n in NMSES if n <= most_sparse]
+    possible = [(bundle, n) for bundle, n in codes if bundle <= MAX_BUNDLE]
+    if not possible:
+        most = max(32 * MAX_BUNDLE / bits_per_trit(n) for _, n in codes)
+        raise ValueError(
+            f'compression must be at most {most:.0f} with wire="{wire}" and a rotation_block of {rotation_block}, got '
+            f"{compression!r}."
+        )
+    return min(possible, key=lambda code: unbiased_nmse(code[0], code[1], num_roundings(wire)))

@@ -13,15 +13,11 @@ Shape letters: T rotation blocks of K elements, n elements of a block code, S = 
 import torch
 from torch import Tensor
 
+from vsa_ddp.rates import code_bits
 from vsa_ddp.ternary import row_sums
 
 GROUP = 8
 """Block codes that fill whole bytes, as many as each has bits; a row has at least so many."""
-
-
-def code_bits(sparsity: int) -> int:
-    """Bits of a block code: its place and a sign."""
-    return sparsity.bit_length()
 
 
 def row_bytes(block: int, sparsity: int) -> int:

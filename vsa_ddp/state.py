@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vsa_ddp.agreement import check_agreement, digest, fingerprint
 from vsa_ddp.codec import Codec
-from vsa_ddp.config import VsaConfig
+from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.kernels import Kernels, Rows, load_kernels, missing
 from vsa_ddp.layout import is_compressed, plan_bucket
 from vsa_ddp.names import ParameterNames, describe
@@ -68,7 +68,7 @@ class VsaState:
         self._names = ParameterNames()
         self._courier: Courier | None = None
         self._kernels: Kernels | None = None  # loaded at the first bucket, for its device
-        self._chosen: str | None = None  # by wire="auto"
+        self._chosen: WireName | None = None  # by wire="auto"
         self._last_bucket: int | None = None  # of the present step; None between steps
         self._codecs: dict[int, tuple[tuple[int, ...], Codec]] = {}  # bucket index -> ids of its parameters, its codec
         logger.info("%r", self)
@@ -134,7 +134,7 @@ class VsaState:
         assert wire is not None
         sigma_T = self.sigma.of(codec.layout, exact_E.device) if wire.shared_sigma else None
         keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
-        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC, self.config.sparsity)
+        return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC, codec.config.sparsity)
 
     def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
@@ -243,7 +243,7 @@ class VsaState:
         logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
         return courier
 
-    def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> str:
+    def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> WireName:
         """What suits the link and the size, the same on all ranks. Collective, blocks."""
         # without names the first bucket stands for the model: DDP fills it with all parameters, or up to its cap
         num_elements = sum(math.prod(shape) for shape in self._names.shapes.values()) or buffer.numel()
@@ -253,8 +253,7 @@ class VsaState:
             num_elements,
             num_peers,
             gbit_per_s=self.config.link_gbit,
-            bundle=self.config.bundle,
-            sparsity=self.config.sparsity,
+            **self.config.asked(),
         )
         (logger.info if advice.pays else logger.warning)('wire="auto" takes %s: %s', advice.wire, advice)
         return advice.wire
@@ -275,11 +274,12 @@ class VsaState:
                     f"parameter {name} is {p.dtype}, but vsa_hook compresses real numbers; store it as a real tensor "
                     "and view it with torch.view_as_complex in forward."
                 )
-        layout = plan_bucket(tuple((name, self._names.shapes[name]) for name in names), self.config)
+        config = self.config.for_wire(self._chosen) if self._chosen else self.config
+        layout = plan_bucket(tuple((name, self._names.shapes[name]) for name in names), config)
         self.whitening.to(layout, buffer.device)
         assert self._kernels is not None
         logger.info("bucket of %d elements: %d exact, %d trits", buffer.numel(), layout.num_exact, layout.num_dims)
-        return Codec(layout, self.config, self.whitening, buffer.device, self._kernels)
+        return Codec(layout, config, self.whitening, buffer.device, self._kernels)
 
     def _mine(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, Any]:
         """What must be equal on all ranks before the first bucket is sent."""

@@ -27,7 +27,8 @@ from vsa_ddp.hypervector import KEYS_PER_COUNTER
 from vsa_ddp.kernels.interface import Keys, Received, Rows, Summed
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE, trits_of_byte
-from vsa_ddp.sparse import code_bits, row_bytes
+from vsa_ddp.rates import code_bits
+from vsa_ddp.sparse import row_bytes
 from vsa_ddp.ternary import THRESHOLD
 
 _THRESHOLD = np.float32(THRESHOLD)

@@ -37,7 +37,8 @@ from vsa_ddp.kernels.triton_rows import (
 )
 from vsa_ddp.layout import BucketLayout
 from vsa_ddp.packing import TRITS_PER_BYTE
-from vsa_ddp.sparse import code_bits, row_bytes
+from vsa_ddp.rates import code_bits
+from vsa_ddp.sparse import row_bytes
 from vsa_ddp.whitening import mean_squares
 
 

@@ -15,7 +15,7 @@ from vsa_ddp.wires.message import Mean, Message, Rounds, summed_dtype
 
 @dataclass(frozen=True)
 class AllGather:
-    """Every rank sends its packet of 1.6-bit trits to all and decodes all of them: W - 1 packets received.
+    """Every rank sends its packet of trits to all and decodes all of them: W - 1 packets received.
 
     Each rank quantises at its own sigma, or all at the shared one: then what is summed are integers, as in `AllReduce`,
     and the mean has its bits.

@@ -20,8 +20,9 @@ class TwoShot:
     """Packed shards to their owners, who sum them; what they found, ternarised again, to everyone.
 
     Received: 2 (W - 1) / W packets, whatever W. The mean of a few ternary rows is not Gaussian, so the owner binds it
-    with fresh keys and rotates it again before the second rounding, which is unbiased like the first and adds 0.2348 of
-    the mean's energy as noise. Small parameters and scales are summed in the same shards: no collective of their own.
+    with fresh keys and rotates it again before the second rounding, which is unbiased like the first and adds its NMSE
+    times the mean's energy as noise. Small parameters and scales are summed in the same shards: no collective of their
+    own.
     """
 
     num_rounds: ClassVar[int] = 2
