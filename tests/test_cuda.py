@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def against_plain_ddp(
-    rank: int, world_size: int, dtype: torch.dtype, wire: str, bundle: int
+    rank: int, world_size: int, dtype: torch.dtype, wire: str, code: dict[str, int]
 ) -> list[dict[str, tuple[float, float]]]:
     """Cosine with plain DDP's gradient and quotient of lengths, by step and parameter.
 
@@ -26,7 +26,7 @@ def against_plain_ddp(
     """
     torch.cuda.set_device(rank % torch.cuda.device_count())
     plain, ours = (DDP(net().to("cuda", dtype), bucket_cap_mb=0.05) for _ in range(2))
-    vsa_ddp.register(ours, bundle=bundle, wire=wire)
+    vsa_ddp.register(ours, wire=wire, **code)
     history = []
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -50,15 +50,15 @@ def _alike(mine: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bundle", [1, 4])
+@pytest.mark.parametrize("code", [{"bundle": 1}, {"bundle": 4}, {}])
 @pytest.mark.parametrize("wire", sorted(WIRES))
 @pytest.mark.parametrize(("backend", "world_size"), [("nccl", 1), ("nccl", 2), ("gloo", 2)])
 def test_gradients_are_right_on_cuda(
-    tmp_path: Path, dtype: torch.dtype, bundle: int, wire: str, backend: str, world_size: int
+    tmp_path: Path, dtype: torch.dtype, code: dict[str, int], wire: str, backend: str, world_size: int
 ) -> None:
     if backend == "nccl" and world_size > torch.cuda.device_count():
         pytest.skip(f"needs {world_size} CUDA devices")
-    ranks = run_ranks(against_plain_ddp, world_size, tmp_path, dtype, wire, bundle, backend=backend)
+    ranks = run_ranks(against_plain_ddp, world_size, tmp_path, dtype, wire, code, backend=backend)
     assert all(history == ranks[0] for history in ranks)
     sizes = {name: p.numel() if p.dim() > 1 else 0 for name, p in net().named_parameters()}
     for step, by_name in enumerate(ranks[0]):
@@ -67,20 +67,20 @@ def test_gradients_are_right_on_cuda(
                 assert cosine > 0.999, (step, name)
                 assert 0.99 < length < 1.01, (step, name)
             else:
-                # noise/signal 0.23 and 3.94 of a rank's gradient; the first step at an unknown sigma 0.57 and 5.3
-                assert cosine > (0.6 if bundle == 1 else 0.25), (step, name)
-                assert 0.6 < length < (1.7 if bundle == 1 else 4.0), (step, name)
+                # noise/signal 0.23 and up to 3.94 of a rank's gradient; the first step at an unknown sigma 0.57 and 5.3
+                assert cosine > (0.6 if code == {"bundle": 1} else 0.25), (step, name)
+                assert 0.6 < length < (1.7 if code == {"bundle": 1} else 4.0), (step, name)
 
 
 def parameters_that_differ(
-    rank: int, world_size: int, dtype: torch.dtype, wire: str, bundle: int
+    rank: int, world_size: int, dtype: torch.dtype, wire: str, code: dict[str, int]
 ) -> list[tuple[int, str]]:
     """Steps and parameters where the gradients of the torch and the triton backend are not the same, bit for bit."""
     torch.cuda.set_device(rank % torch.cuda.device_count())
     torch.backends.cudnn.deterministic = True  # else the convolution's own gradients may differ
     by_torch, by_triton = (DDP(net().to("cuda", dtype), bucket_cap_mb=0.05) for _ in range(2))
-    vsa_ddp.register(by_torch, bundle=bundle, wire=wire, backend="torch")
-    vsa_ddp.register(by_triton, bundle=bundle, wire=wire, backend="triton")
+    vsa_ddp.register(by_torch, wire=wire, backend="torch", **code)
+    vsa_ddp.register(by_triton, wire=wire, backend="triton", **code)
     different = []
     for step in range(6):
         x, target = (t.to("cuda", dtype) for t in batch(step, rank))
@@ -93,10 +93,10 @@ def parameters_that_differ(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bundle", [1, 3])
+@pytest.mark.parametrize("code", [{"bundle": 1}, {"bundle": 3}, {}])
 @pytest.mark.parametrize("wire", sorted(WIRES))
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_triton_has_the_bits_of_torch_under_ddp(
-    tmp_path: Path, dtype: torch.dtype, bundle: int, wire: str, backend: str
+    tmp_path: Path, dtype: torch.dtype, code: dict[str, int], wire: str, backend: str
 ) -> None:
-    assert run_ranks(parameters_that_differ, 1, tmp_path, dtype, wire, bundle, backend=backend) == [[]]
+    assert run_ranks(parameters_that_differ, 1, tmp_path, dtype, wire, code, backend=backend) == [[]]

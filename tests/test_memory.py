@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,22 +55,22 @@ def test_what_a_call_holds_counts_temporaries_and_numpys_arrays() -> None:
     assert held.peak == pytest.approx(12 * n, rel=0.01)
 
 
-def keeps(rank: int, world_size: int, backend: Backend, wire: str) -> tuple[int, int]:
+def keeps(rank: int, world_size: int, backend: Backend, settings: dict[str, Any]) -> tuple[int, int]:
     """Bytes kept after some steps, and the model's parameters."""
     model = DDP(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(3))))
-    state = vsa_ddp.register(model, bundle=4, backend=backend, wire=wire)
+    state = vsa_ddp.register(model, backend=backend, **settings)
     for _ in range(3):
         model.zero_grad()
         model(torch.ones(1, 1024)).sum().backward()
     return kept_bytes(state), sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("wire", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("settings", [{}, {"bundle": 4, "wire": "two_shot"}])
 @pytest.mark.parametrize(("backend", "bytes_per_parameter"), [("torch", 0.2), ("numba", 0.08)])
 def test_less_than_half_a_byte_per_parameter_is_kept_between_steps(
-    tmp_path: Path, backend: Backend, bytes_per_parameter: float, wire: str
+    tmp_path: Path, backend: Backend, bytes_per_parameter: float, settings: dict[str, Any]
 ) -> None:
-    kept, num_parameters = run_ranks(keeps, 2, tmp_path, backend, wire)[0]
+    kept, num_parameters = run_ranks(keeps, 2, tmp_path, backend, settings)[0]
     assert kept < bytes_per_parameter * num_parameters < 0.5 * num_parameters
     # running means of rows and columns, and their roots for encode and for decode
     assert kept > 3 * 3 * 4 * 2 * 1024
