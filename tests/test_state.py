@@ -229,7 +229,10 @@ def test_other_settings_than_saved_are_logged(tmp_path: Path, caplog: pytest.Log
     state = VsaState(config=VsaConfig(sparsity=16))
     with caplog.at_level(logging.WARNING):
         state.load_state_dict(saved)
-    assert caplog.messages == ["setting sparsity was 8 in the loaded state and is 16 now"]
+    assert caplog.messages == [
+        "setting compression was 64.0 in the loaded state and is None now",
+        "setting sparsity was 8 in the loaded state and is 16 now",
+    ]
     assert state.config.sparsity == 16
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.rates import bits_per_trit
+from vsa_ddp.rates import bits_per_trit, num_roundings, unbiased_nmse
 
 Compressed = Literal["all_gather", "all_reduce", "two_shot"]
 Method = Literal["dense", "half"] | Compressed
@@ -137,7 +137,7 @@ class Advice:
     slowdown: float
     ms: dict[Method, float]
     wire: Compressed
-    """The fastest of the compressed wires."""
+    """The fastest of the compressed wires, each times 1 + noise: by that factor noise makes the batch smaller."""
     pays: bool
     """Whether it beats a dense all-reduce, in 32 and in 16 bits."""
 
@@ -199,6 +199,7 @@ def advise(
     settings |= {wire: (code.bundle, code.sparsity) for wire, code in codes.items()}
     costs = {m: cost(m, num_parameters, world_size, *each, slowdown=slowdown) for m, each in settings.items()}
     ms = {method: each.seconds(link) * 1e3 for method, each in costs.items()}
-    wire = min(codes, key=lambda wire: ms[wire])
+    noise = {wire: unbiased_nmse(*settings[wire], num_roundings(wire)) for wire in codes}
+    wire = min(codes, key=lambda wire: ms[wire] * (1.0 + noise[wire]))
     pays = world_size > 1 and ms[wire] < min(ms["dense"], ms["half"])
     return Advice(num_parameters, world_size, *settings[wire], link, slowdown, ms, wire, pays)
