@@ -46,6 +46,7 @@ def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
     assert CPU_CORE.sparse_trit_ns == pytest.approx(sparse, rel=0.01)
     assert CPU_CORE.gathered_trit_ns == pytest.approx(found["gathered"], rel=0.01)
     assert CPU_CORE.gathered_code_ns == pytest.approx(found["gathered code"], rel=0.01)
+    assert CPU_CORE.bucket_ms == pytest.approx(found["bucket"], rel=0.01)
     assert CPU_CORE.reference_rotation_s == pytest.approx(fit.rotation_s, rel=0.01)
 
 

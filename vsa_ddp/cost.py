@@ -1,6 +1,6 @@
 """What a step's communication costs: a model of latency, bytes and arithmetic, and the advice that follows from it.
 
-    time = hops * latency + bytes / bandwidth + arithmetic
+    time = hops * latency + bytes / bandwidth + arithmetic + overhead of each bucket
 
 of packets, which are encoded before they are sent, and decoded after; of an all-reduce of floats, which sums what has
 arrived while more arrives, the longer of the last two. Without overlap with the backward pass, and between nodes only.
@@ -38,7 +38,7 @@ class LinkSpeed:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Nanoseconds of one rank's arithmetic."""
+    """What one rank calculates, in nanoseconds where nothing else is said."""
 
     dense_ns: float
     """Per gradient element, of DDP's own copies and the sums of an all-reduce."""
@@ -54,19 +54,22 @@ class Arithmetic:
     """Per trit of every packet of all trits that `all_gather` decodes; zero where the fit finds none beside it."""
     gathered_code_ns: float
     """The same per block code."""
+    bucket_ms: float
+    """Milliseconds of each bucket, whatever its size and method: calls, threads, memory that is touched anew."""
     reference_rotation_s: float
     """How long one rotation of 2**20 elements took there."""
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=7.72,
-    half_ns=7.57,
-    element_ns=3.35,
-    trit_ns={"all_gather": 5.4, "all_reduce": 9.8, "two_shot": 19.0},
-    sparse_trit_ns={"all_gather": 5.4, "two_shot": 19.0},
-    gathered_trit_ns=0.891,
-    gathered_code_ns=1.0,
-    reference_rotation_s=0.00133,
+    dense_ns=6.05,
+    half_ns=4.39,
+    element_ns=0.188,
+    trit_ns={"all_gather": 9.5, "all_reduce": 11.4, "two_shot": 20.7},
+    sparse_trit_ns={"all_gather": 4.6, "two_shot": 34.6},
+    gathered_trit_ns=0.0,
+    gathered_code_ns=11.8,
+    bucket_ms=14.7,
+    reference_rotation_s=0.00142,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 
@@ -78,12 +81,13 @@ class Cost:
     received_bytes: float
     hops: int
     arithmetic_s: float
+    overhead_s: float
     pipelined: bool = False
     """Whether arithmetic goes on while bytes arrive."""
 
     def seconds(self, link: LinkSpeed) -> float:
         both = self.received_bytes / link.bytes_per_s, self.arithmetic_s
-        return self.hops * link.latency_s + (max(both) if self.pipelined else sum(both))
+        return self.hops * link.latency_s + self.overhead_s + (max(both) if self.pipelined else sum(both))
 
 
 def digits_per_lane(num_ranks: int) -> int:
@@ -92,6 +96,11 @@ def digits_per_lane(num_ranks: int) -> int:
     while base ** (digits + 1) <= 2**63:
         digits += 1
     return digits
+
+
+def num_buckets(num_elements: float) -> int:
+    """Of DDP's own size, in float32."""
+    return math.ceil(4 * num_elements / BUCKET_BYTES)
 
 
 def cost(
@@ -108,10 +117,11 @@ def cost(
     Hops of each bucket: a ring all-gather has W - 1, a ring all-reduce twice as many, a pairwise all-to-all one.
     """
     w, n, d = world_size, num_elements, num_elements / bundle
-    ring, buckets = 2 * (w - 1) / w, math.ceil(4 * n / BUCKET_BYTES)
+    ring, buckets = 2 * (w - 1) / w, num_buckets(n)
+    overhead_s = buckets * CPU_CORE.bucket_ms * 1e-3 * slowdown
     if method in ("dense", "half"):
         size, ns = (4, CPU_CORE.dense_ns) if method == "dense" else (2, CPU_CORE.half_ns)
-        return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown, pipelined=True)
+        return Cost(ring * size * n, buckets * 2 * (w - 1), ns * n * 1e-9 * slowdown, overhead_s, pipelined=True)
     packet = (bits_per_trit(sparsity) + LEVEL_BITS) / 8 * d
     received, hops = {
         "all_gather": ((w - 1) * packet, w - 1),
@@ -121,7 +131,7 @@ def cost(
     ns = CPU_CORE.element_ns * n + (CPU_CORE.trit_ns if sparsity == 1 else CPU_CORE.sparse_trit_ns)[method] * d
     if method == "all_gather":
         ns += w * d * (CPU_CORE.gathered_trit_ns if sparsity == 1 else CPU_CORE.gathered_code_ns / sparsity)
-    return Cost(received, buckets * hops, ns * 1e-9 * slowdown)
+    return Cost(received, buckets * hops, ns * 1e-9 * slowdown, overhead_s)
 
 
 @dataclass(frozen=True)
