@@ -118,7 +118,7 @@ def auto_run(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list
     return digests, state.state_dict(), [text for text in records if text.startswith("wire=")]
 
 
-@pytest.mark.parametrize("code", [{}, {"bundle": 4}, {"gain": "shrunk", "whiten": False}])
+@pytest.mark.parametrize("code", [{"compression": 40}, {"bundle": 4, "gain": "shrunk", "whiten": False}])
 def test_auto_is_the_wire_it_names(tmp_path: Path, code: dict[str, Any]) -> None:
     ranks = run_ranks(auto_run, 4, tmp_path, {"wire": "auto", "link_gbit": 0.0001, **code})
     plain = run_ranks(auto_run, 4, tmp_path, {"wire": "two_shot", **code})
