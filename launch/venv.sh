@@ -12,6 +12,6 @@ if [ ! -x .venv/bin/python ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; 
   }
   echo "Installing into .venv (once; about a minute) ..." >&2
   [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
-  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$1]" || exit 1
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]" || exit 1
   echo "$wanted" >"$stamp"
 fi

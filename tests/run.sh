@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh" test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -n 3 "$@"
+.venv/bin/python -m pytest -n 2 "$@"
