@@ -30,7 +30,7 @@ from benchmarks.bench_training import diverged, rank_orders, score
 from benchmarks.phase_methods import METHODS, PhasedRun
 from benchmarks.store import Record, Results, Store, page_head
 from benchmarks.tasks import TASKS
-from benchmarks.workers import check_options, work
+from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 
@@ -53,6 +53,7 @@ class Suite:
     base_lr: float
     """Where the search begins: times two to the halves. The only one if not `tuned`."""
     tuned: bool = True
+    methods: tuple[str, ...] = NAMES
 
     def matches(self, run: Record) -> bool:
         return all(run[name] == getattr(self, name) for name in ("task", "optimizer", "backwards", "tuned"))
@@ -189,7 +190,7 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
-    return [trial for suite in suites for method in NAMES for trial in waiting(suite, method, runs)]
+    return [trial for suite in suites for method in suite.methods for trial in waiting(suite, method, runs)]
 
 
 # Reporting
@@ -263,6 +264,9 @@ def main(
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Every suite, or those named.")] = False,
     suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method, as the tables name it; may be repeated.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
     hours: Annotated[float, typer.Option(min=0, help="Begin no run after so long.")] = 1000.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
@@ -270,9 +274,10 @@ def main(
 ) -> None:
     """Compare what backward passes, predicted steps and other ways to skip them are worth."""
     check_options(quick, full, rebuild, suite or (), SUITES)
+    check_names(method or (), NAMES)
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
-        suites = [SUITES[name] for name in suite or SUITES]
+        suites = [replace(SUITES[name], methods=tuple(method or SUITES[name].methods)) for name in suite or SUITES]
         work(store, partial(plan, suites), run, lambda t: f"{t.task}, {t.method}, {t.lr:.2g}", jobs, hours * 3600)
     elif quick:
         trials = [next(waiting(SUITES[name], method, [])) for name in QUICK for method in QUICK_METHODS]
