@@ -200,7 +200,7 @@ def main(
     if phases:
         report["phases"] = runs["phases"]["phases"]
     (out / "quickstart.json").write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"Written: {out / 'quickstart.json'} and {out / 'quickstart.png'}")
+    console.print(f"Written: {out / 'quickstart.json'} and {out / 'quickstart.png'}", soft_wrap=True)
     return 0
 
 

@@ -5,16 +5,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from benchmarks import bench_codec, bench_compressor, bench_wire, bench_wire_loss
+from benchmarks import (
+    bench_codec,
+    bench_compressor,
+    bench_phases,
+    bench_quickstart,
+    bench_training,
+    bench_wire,
+    bench_wire_loss,
+)
 from benchmarks.codec_report import PARTS, REFERENCES
 from benchmarks.netlab import why_not_shaped
 from benchmarks.store import Store, find
+from tests.conftest import Shown
 from vsa_ddp.cost import CPU_CORE
 from vsa_ddp.wires import WIRES
 
@@ -173,12 +183,20 @@ def test_the_gradient_of_gpt_2_fits_in_12_gib() -> None:
 
 @pytest.mark.parametrize(
     "bench",
-    ["bench_codec", "bench_compressor", "bench_training", "bench_wire", "bench_wire_loss", "bench_quickstart"],
+    [
+        bench_codec,
+        bench_compressor,
+        bench_phases,
+        bench_quickstart,
+        bench_training,
+        bench_wire,
+        bench_wire_loss,
+    ],
 )
-def test_help_names_quick_json_and_report(bench: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{bench}", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert all(option in shown for option in ("--quick", "--json", "--report"))
+def test_help_names_quick_json_and_report(bench: Any, command: Callable[..., Shown]) -> None:
+    outcome = command(bench.main, "--help")
+    assert outcome.code == 0
+    assert all(option in outcome.stdout for option in ("--quick", "--json", "--report"))
 
 
 def test_a_results_file_goes_on_only_where_it_was_begun(tmp_path: Path) -> None:

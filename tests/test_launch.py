@@ -40,32 +40,19 @@ def hosts() -> Callable[[int], NetLab]:
     return NetLab
 
 
-@pytest.fixture(scope="module")
-def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """Figures of the one-machine launch with so many ranks. Trained once."""
-    known: dict[int, dict[str, Any]] = {}
-
-    def figures(ranks: int) -> dict[str, Any]:
-        if ranks not in known:
-            file = tmp_path_factory.mktemp("one_machine") / "figures.json"
-            argv = ["bash", str(LAUNCH / "one_machine.sh"), "--ranks", str(ranks), *TRAINING, "--json", str(file)]
-            environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-            run_to_its_end(argv, environment, seconds=50)
-            known[ranks] = json.loads(file.read_text())
-        return known[ranks]
-
-    return figures
-
-
-def run_to_its_end(argv: list[str], environment: dict[str, str], seconds: float) -> None:
-    """Run a launch. One that fails or hangs leaves no rank behind: torchrun ends its ranks when it is told to end."""
+def train_on_one_machine(ranks: int, file: Path) -> dict[str, Any]:
+    """Figures of the one-machine launch. If it fails or hangs no rank is left: torchrun, told to end, ends its own."""
+    argv = ["bash", str(LAUNCH / "one_machine.sh"), "--ranks", str(ranks), *TRAINING, "--json", str(file)]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL)
     try:
-        assert process.wait(seconds) == 0
+        assert process.wait(60) == 0
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(40)
+    figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
 
 
 def start_training(lab: NetLab, *arguments: str) -> Job:
@@ -82,49 +69,33 @@ def start_training(lab: NetLab, *arguments: str) -> Job:
     return lab.start_job(lambda host: argv, environment)
 
 
-def test_four_hosts_train_what_one_machine_trains(
-    hosts: Callable[[int], NetLab], one_machine: Callable[[int], dict[str, Any]], tmp_path: Path
-) -> None:
-    with hosts(4) as lab:
-        start_training(lab, "--json", str(tmp_path / "figures.json")).wait(seconds=60)
-        counters = [lab.counters(host) for host in range(4)]
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert_same_training(figures, one_machine(4))
-    assert figures["wire_bytes"] == one_machine(4)["wire_bytes"]
-    assert_crossed(counters, figures)
-
-
-def test_two_hosts_train_what_one_machine_trains_though_a_rank_is_killed(
-    hosts: Callable[[int], NetLab], one_machine: Callable[[int], dict[str, Any]], tmp_path: Path
+@pytest.mark.timeout(200)
+def test_three_hosts_train_what_one_machine_trains_though_a_rank_is_killed(
+    hosts: Callable[[int], NetLab], tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(folder=tmp_path / "saved", every=4)
     saving = ["--checkpoint", str(checkpoint.folder), "--checkpoint-every", str(checkpoint.every)]
-    with hosts(2) as lab:
+    with hosts(3) as lab:
         job = start_training(lab, *saving, "--json", str(tmp_path / "figures.json"))
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 60
         while not checkpoint.file.exists():
-            assert time.monotonic() < deadline, job.stderr(0) + job.stderr(1)
+            assert time.monotonic() < deadline, "".join(map(job.stderr, range(3)))
             time.sleep(0.005)
         (rank,) = worker_pids(lab, host=1)
         os.kill(rank, signal.SIGKILL)
-        job.wait(seconds=50)
-        assert re.search(r"^resumed after step [48]$", job.stderr(0) + job.stderr(1), re.MULTILINE)
-        counters = [lab.counters(host) for host in range(2)]
+        job.wait(seconds=60)
+        assert re.search(r"^resumed after step [48]$", "".join(map(job.stderr, range(3))), re.MULTILINE)
+        counters = [lab.counters(host) for host in range(3)]
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert_same_training(figures, one_machine(2))
-    assert_crossed(counters, figures)
-
-
-def assert_same_training(figures: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Seed, data order and world size are the same, so every bit is."""
+    expected = train_on_one_machine(3, tmp_path / "one_machine.json")
+    # from then on also what ranks say when they meet again
+    assert figures["wire_bytes"][: checkpoint.every] == expected["wire_bytes"][: checkpoint.every]
+    # seed, data order and world size are the same, so every bit is
     assert len(figures["losses"]) == STEPS
     assert all(math.isfinite(loss) for loss in figures["losses"])
     assert figures["losses"] == expected["losses"]
     assert figures["heldout_loss"] == expected["heldout_loss"]
-
-
-def assert_crossed(counters: list[tuple[int, int]], figures: dict[str, Any]) -> None:
-    """What a rank hands to the collectives leaves by its host's link and comes in by the others'."""
+    # what a rank hands to the collectives leaves by its host's link and comes in by the others'
     for sent, received in counters:
         assert min(sent, received) >= sum(figures["wire_bytes"])
 
