@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.tasks import Task
 from vsa_ddp import GradientPredictor, Phase, PhaseConfig, PhaseSchedule
-from vsa_ddp.phase import Measured
+from vsa_ddp.phase import Measured, Verdict
+from vsa_ddp.snapshot import Snapshot
 
 Gradients = dict[str, Tensor]
 
@@ -44,11 +45,14 @@ class PhasedRun:
         self.parameters = dict(self.model.named_parameters())
         self.schedule = PhaseSchedule(self.config)
         self.predictor = GradientPredictor(self.parameters.items(), self.config)
+        self.before = Snapshot(self.model, self.optimizer)
         self._late: Measured | None = None
 
     def step(self) -> None:
         """One optimizer step."""
         info = self.schedule.begin_step()
+        if info.keeps:
+            self.before.take()
         self.optimizer.zero_grad()
         if info.phase is Phase.PREDICT:
             now = Measured(self.skip(self, self.predictor.predict_gradient(step=info.total_step)))
@@ -63,7 +67,11 @@ class PhasedRun:
             self.losses.append(loss)
             self.take(gradients)
             now = Measured(loss, moments=moments, horizon=info.horizon, judges=info.judges)
-        self.schedule.end_step(self._late)
+        verdict = self.schedule.end_step(self._late)
+        self.before.settle(verdict, in_section=info.phase is Phase.PREDICT)
+        if verdict is Verdict.UNDO:
+            self.predictor.reset()
+            del self.losses[1:]  # the last are of what is undone
         self._late = now
 
     def take(self, gradients: Gradients) -> None:
@@ -161,7 +169,7 @@ def debiased(run: PhasedRun, prediction: Gradients) -> float:
 
 
 def rolled_back(run: PhasedRun, prediction: Gradients) -> float:
-    """A predicted step that is undone if the loss of the same batches rises: two passes forward.
+    """Each predicted step is undone if the loss of the same batches rises: two passes forward.
 
     Source: the accept-or-reject rule of arXiv:2602.19580.
     """
@@ -183,6 +191,9 @@ def rolled_back(run: PhasedRun, prediction: Gradients) -> float:
 FIXED: dict[str, Any] = {"adapt": "none"}
 """The deterministic schedule: 9 backward passes in 26 steps, whatever comes of it."""
 
+FORWARD: dict[str, Any] = {"roll_back": False}
+"""No section is undone."""
+
 METHODS: dict[str, tuple[PhaseConfig, Skip]] = {
     "plain": (PhaseConfig(predict_steps=0), predicted),
     **{f"gate, {name}": (PhaseConfig(predictor=name), predicted) for name in ("linear", "last", "ema", "momentum")},
@@ -190,10 +201,11 @@ METHODS: dict[str, tuple[PhaseConfig, Skip]] = {
     "fixed, ema": (PhaseConfig(predictor="ema", **FIXED), predicted),
     "fixed, repeat the last": (PhaseConfig(predictor="last", **FIXED), predicted),
     "fixed, zero gradient": (PhaseConfig(predictor="last", **FIXED), zero),
-    "gate, shrunk": (PhaseConfig(), shrunk),
-    "gate, directional": (PhaseConfig(), directional),
-    "gate, debiased": (PhaseConfig(), debiased),
-    "gate, rolled back": (PhaseConfig(), rolled_back),
+    "gate, never back": (PhaseConfig(**FORWARD), predicted),
+    "gate, shrunk": (PhaseConfig(**FORWARD), shrunk),
+    "gate, directional": (PhaseConfig(**FORWARD), directional),
+    "gate, debiased": (PhaseConfig(**FORWARD), debiased),
+    "gate, rolled back": (PhaseConfig(**FORWARD), rolled_back),
     "fixed, directional": (PhaseConfig(**FIXED), directional),
     "fixed, debiased": (PhaseConfig(**FIXED), debiased),
     "fixed, rolled back": (PhaseConfig(**FIXED), rolled_back),

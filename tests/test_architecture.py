@@ -38,6 +38,7 @@ ORDER = [
     "register",
     "predictor",
     "local_phases",
+    "snapshot",
     "trainer",
     "__init__",
     "__main__",

@@ -16,6 +16,7 @@ from benchmarks.bench_phases import (
     SAME_COST,
     SEEDS,
     SUITES,
+    TWICE,
     Suite,
     Trial,
     best_runs,
@@ -126,6 +127,7 @@ def test_plain_training_at_the_same_cost_waits_for_what_the_predictions_cost() -
     assert not list(waiting(suite, SAME_COST, plain))
     gated = [told(t, 1.0, 3.0 * t.backwards + 60) for t in waiting(suite, "gate, linear", [])]
     assert [t.extra for t in waiting(suite, SAME_COST, plain + gated)] == [20] * len(SEEDS)
+    assert [t.extra for t in waiting(suite, TWICE, plain + gated)] == [suite.backwards] * len(SEEDS)
 
 
 @pytest.mark.parametrize(("loss", "said"), [(1.0, "same"), (1.15, "same"), (0.7, "**better**"), (1.4, "worse")])

@@ -257,6 +257,68 @@ def test_lengths_that_follow_the_loss_keep_their_bounds() -> None:
         assert (schedule.full_steps, schedule.predict_steps) == bounds
 
 
+# What it takes back
+
+
+def to_a_correction(**settings: Any) -> PhaseSchedule:
+    """A schedule whose gate has opened, and whose correction is done but not heard of."""
+    schedule = PhaseSchedule(PhaseConfig(warmup_steps=4, full_steps=3, **settings))
+    late: Measured | None = None
+    while True:
+        info = schedule.begin_step()
+        assert schedule.end_step(late) is None
+        late = measured(info, 1.0, 2.0)
+        if info.phase is Phase.CORRECT:
+            return schedule
+
+
+@pytest.mark.parametrize(
+    ("slope", "loss", "verdict"),
+    [
+        (1.0, 2.0, "keep"),
+        (1.0, 9.0, "keep"),
+        (-1.0, 2.0, "keep"),
+        (-1.0, 1.0, "keep"),
+        (-1.0, 2.1, "undo"),
+        (0.0, 2.1, "undo"),
+        (-1.0, None, "undo"),
+        (math.nan, 2.1, "undo"),
+        (math.nan, None, "undo"),
+    ],
+)
+def test_a_section_is_undone_if_gradients_turned_and_the_loss_rose(
+    slope: float, loss: float | None, verdict: str
+) -> None:
+    schedule = to_a_correction()
+    said = Measured(loss, moments=(10.0, slope, 1.0), horizon=2, judges=True)
+    assert schedule.end_step(said) == verdict
+    assert schedule.stats(0, {}).undone == (verdict == "undo")
+    if verdict == "undo":
+        assert schedule.predict_steps == 0
+        assert schedule.loss == 2.0  # before the section
+        assert walk(schedule, 6, slope=1.0, loss=2.0) == "ffffpc"  # the history begins anew, and the gate asks again
+
+
+def test_nothing_is_undone_where_that_is_not_asked_for() -> None:
+    turned = Measured(9.0, moments=(10.0, -1.0, 1.0), horizon=2, judges=True)
+    assert to_a_correction(roll_back=False).end_step(turned) is None
+    for adapt in ("trend", "none"):
+        schedule = PhaseSchedule(PhaseConfig(adapt=adapt))  # type: ignore[arg-type]
+        assert not any(schedule.begin_step().keeps or schedule.end_step(turned) for _ in range(100))
+
+
+def test_a_section_keeps_where_it_began() -> None:
+    schedule = PhaseSchedule(PhaseConfig(warmup_steps=4, full_steps=3, correct_every=2))
+    letters = ""
+    for _ in range(80):
+        info = schedule.begin_step()
+        letters += info.phase.value[0].upper() if info.keeps else info.phase.value[0]
+        schedule.end_step(measured(info, 1.0, 2.0))
+    assert letters.count("fP") == letters.count("P") > 3
+    assert "fp" not in letters
+    assert "ppcpp" in letters  # a section with several corrections
+
+
 # What it needs and keeps
 
 

@@ -156,6 +156,76 @@ def test_four_ranks_go_through_the_same_phases_whatever_each_sees_and_whenever_t
     assert all(other == first for other in delayed)
 
 
+# What it takes back
+
+TURN = 20
+"""The first correction of the third section."""
+
+
+def turning(model: nn.Module, number: int, rank: int) -> Tensor:
+    """The same batch again and again, until all that was learnt is wrong."""
+    loss = loss_of(model, 0, rank)
+    return loss if number < TURN else 10.0 - loss
+
+
+def undone(rank: int, world_size: int, folder: Path, roll_back: bool) -> dict[str, Any]:
+    """A run whose third section goes wrong, and what becomes of it when it is saved at every step around that."""
+    import torch.distributed.checkpoint as dcp  # a second in each child, of these tests alone
+
+    config = PhaseConfig(warmup_steps=4, full_steps=3, correct_every=2, predictor="last", roll_back=roll_back)
+
+    def start() -> tuple[DDP, PhasedTrainer]:
+        model = DDP(Normed())
+        return model, PhasedTrainer(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)
+
+    def bits(model: DDP, phases: PhasedTrainer) -> tuple[str, str]:
+        """Of parameters and optimizer, and of buffers."""
+        state = [value for values in phases.optimizer.state.values() for value in values.values()]
+        return digest([*model.parameters(), *state]), digest(model.buffers())
+
+    def parts(model: DDP, phases: PhasedTrainer) -> dict[str, Any]:
+        return copy.deepcopy({"model": model.module.state_dict(), "optimizer": phases.optimizer.state_dict()})
+
+    model, phases = start()
+    letters, after, saved = "", [], {}
+    for number in range(30):
+        letters += train(phases, model, rank, range(number, number + 1), turning)
+        after.append(bits(model, phases))
+        if TURN - 4 <= number <= TURN + 2:
+            saved[number + 1] = parts(model, phases)
+            dcp.save({"phases": phases}, checkpoint_id=folder / f"{number + 1}")
+            if rank == 0:
+                torch.save(phases.state_dict(), folder / f"{number + 1}.pt")
+    dist.barrier()
+    resumed = []
+    for at, whole in saved.items():
+        for load in (
+            lambda p, at=at: dcp.load({"phases": p}, checkpoint_id=folder / f"{at}"),
+            lambda p, at=at: p.load_state_dict(torch.load(folder / f"{at}.pt", weights_only=True)),
+        ):
+            other, again = start()
+            other.module.load_state_dict(whole["model"])
+            again.optimizer.load_state_dict(copy.deepcopy(whole["optimizer"]))  # it takes the tensors themselves
+            load(again)
+            tail = train(again, other, rank, range(at, 30), turning)
+            resumed.append((letters[:at] + tail, bits(other, again)[0], again.stats().undone))
+    return {"letters": letters, "bits": after, "undone": phases.stats().undone, "resumed": resumed}
+
+
+@pytest.mark.parametrize("roll_back", [True, False])
+def test_a_section_that_went_wrong_is_undone_on_all_ranks_and_after_a_checkpoint(
+    tmp_path: Path, roll_back: bool
+) -> None:
+    ranks = run_ranks(undone, 2, tmp_path, tmp_path, roll_back)
+    assert ranks[0]["letters"] == ranks[1]["letters"]
+    for each in ranks:
+        letters, bits = each["letters"], each["bits"]
+        assert letters[: TURN + 2] == "wwwwfffpcfffppcfffppcp", letters
+        assert each["undone"] == roll_back
+        assert (bits[TURN + 1] == bits[TURN - 3]) is roll_back  # as the section found it: optimizer, buffers and all
+        assert all(run == (letters, bits[-1][0], each["undone"]) for run in each["resumed"])
+
+
 # Limit cases
 
 

@@ -185,6 +185,9 @@ class PhaseConfig:
     min_slope: float = 0.5
     """The gate's threshold for the slope g p / p p of true gradients against predictions. The gradient's own noise does
     not change it: above a half, a prediction is nearer to the gradient without that noise than zero is."""
+    roll_back: bool = True
+    """The gate's: predicted steps are undone if their correction shows that gradients turned against the predictions
+    and the loss rose. Costs a copy of parameters, buffers and optimizer state while a section lasts."""
     predictor: PredictorName = "linear"
     """"last" gradient; "ema", their decayed mean; "momentum", the last one and a damped trend; "linear", a line through
     all of them by weighted least squares."""
@@ -217,6 +220,8 @@ class PhaseConfig:
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
         if not self.decay:
             raise ValueError('decay must be greater than 0, got 0; predictor="last" forgets all but one gradient.')
+        if not isinstance(self.roll_back, bool):
+            raise ValueError(f"roll_back must be True or False, got {self.roll_back!r}.")
         slope = self.min_slope
         if not isinstance(slope, float | int) or isinstance(slope, bool) or not slope >= 0.0:
             raise ValueError(

@@ -39,7 +39,8 @@ class PhaseTrainer:
             optimizer.step()
             phases.end_step(loss.item())
 
-    With several ranks take `PhasedTrainer`: this one decides from the loss of its own process. Without a `config` the
+    With several ranks take `PhasedTrainer`: this one decides from the loss of its own process, and cannot take steps
+    back (`config.roll_back`), for it knows neither parameters nor optimizer. Without a `config` the
     lengths follow the trend of the loss: 10 full steps, then 40 with a correction after every tenth.
     """
 
@@ -50,7 +51,7 @@ class PhaseTrainer:
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: PhaseConfig | None = None) -> None:
         parameters = dict(named_parameters)
         self.config = config if config is not None else self.DEFAULT
-        self.schedule = PhaseSchedule(self.config)
+        self.schedule = PhaseSchedule(replace(self.config, roll_back=False))
         self.predictor = GradientPredictor(parameters.items(), self.config)
         self._dense_bytes = sum(p.nbytes for p in parameters.values())
         self.reset()

@@ -42,6 +42,14 @@ class Phase(StrEnum):
     """Backward pass whose gradient is first compared with what would have been predicted."""
 
 
+class Verdict(StrEnum):
+    """What a correction says of the predicted steps before it."""
+
+    KEEP = "keep"
+    UNDO = "undo"
+    """Gradients turned against the predictions, and the loss rose."""
+
+
 class StepInfo(NamedTuple):
     """What `PhaseSchedule.begin_step` says of a step."""
 
@@ -61,6 +69,8 @@ class StepInfo(NamedTuple):
     """Whether its gradient is compared with the prediction."""
     judges: bool
     """Whether the gate decides after that."""
+    keeps: bool
+    """Whether to keep what it begins from: a section does, and may be undone."""
 
 
 class Measured(NamedTuple):
@@ -94,12 +104,16 @@ class _Position:
     """Steps since the last FULL one."""
     section_steps: int = 0
     """How long the section may be: as long as `predict_steps` was when it began."""
+    start_loss: float | None = None
+    """Loss before the section, or at its last correction."""
     run: int = 0
     """Predictions since the last backward pass."""
     history: int = 0
     """Gradients in the predictor's history."""
     probe_wait: int = 1
     """FULL sections from one probe of a shut gate to the next."""
+    undone: int = 0
+    """Sections that went back."""
     steps: dict[str, int] = field(default_factory=lambda: {phase.value: 0 for phase in Phase})
     losses: list[float] = field(default_factory=list)
     """The last ones, for the trend."""
@@ -123,6 +137,10 @@ class PhaseSchedule:
         starts_shut = self.config.adapt == "gate"
         self._at = _Position(self.config.full_steps, 0 if starts_shut else self.config.predict_steps)
 
+    @property
+    def _may_undo(self) -> bool:
+        return self.config.roll_back and self.config.adapt == "gate"
+
     # The steps
 
     def begin_step(self) -> StepInfo:
@@ -144,10 +162,14 @@ class PhaseSchedule:
             records=phase is Phase.CORRECT or (is_full and (at.predict_steps > 0 or probe is not None)),
             measures=measures,
             judges=measures and (phase is Phase.CORRECT or (probe is not None and phase_step == probe[-1])),
+            keeps=self._may_undo and phase is Phase.PREDICT and at.section == 0,
         )
 
-    def end_step(self, measured: Measured | None = None) -> None:
-        """The step is done. `measured` may be of an earlier one, as soon as the ranks have agreed on it."""
+    def end_step(self, measured: Measured | None = None) -> Verdict | None:
+        """The step is done. `measured` may be of an earlier one, as soon as the ranks have agreed on it.
+
+        Returns, if that was a correction and `config.roll_back`, what becomes of the section up to there.
+        """
         at, info = self._at, self.begin_step()
         if info.phase is Phase.FULL and info.phase_changed and self.config.adapt == "trend":
             self._follow_trend()
@@ -159,8 +181,10 @@ class PhaseSchedule:
         at.run = at.run + 1 if info.phase is Phase.PREDICT else 0
         at.section = at.section + 1 if info.phase in (Phase.PREDICT, Phase.CORRECT) else 0
         at.history += info.records
-        if measured is not None:
-            self._observe(measured)
+        verdict = self._observe(measured) if measured is not None else None
+        if at.run == 1:
+            at.start_loss = measured.loss if measured is not None else None
+        return verdict
 
     def _next_phase(self) -> Phase:
         at = self._at
@@ -191,14 +215,14 @@ class PhaseSchedule:
         due = next((s for s in (section, section + 1) if (s + 1) % self._at.probe_wait == 0), None)
         return None if due is None else range(due * length, due * length + max(1, length - 1))
 
-    def _observe(self, measured: Measured) -> None:
+    def _observe(self, measured: Measured) -> Verdict | None:
         at = self._at
         if measured.rejected:
             at.history = max(0, at.history - 1)
         if measured.loss is not None:
             at.losses = [*at.losses, measured.loss][-TREND_STEPS:]
         if measured.moments is None:
-            return
+            return None
         at.moments = measured.moments
         if not all(map(math.isfinite, measured.moments)):
             at.recent = (math.nan, math.nan)
@@ -209,15 +233,30 @@ class PhaseSchedule:
             count, total = at.errors.get(measured.horizon, (0, 0.0))
             if math.isfinite(explained):
                 at.errors[measured.horizon] = count + 1, total + 1.0 - explained
-        if self.config.adapt == "gate" and measured.judges:
-            self._judge(measured)
+        if self.config.adapt != "gate" or not measured.judges:
+            return None
+        verdict = self._verdict(measured)
+        self._judge(measured, verdict)
+        return verdict
 
-    def _judge(self, measured: Measured) -> None:
+    def _verdict(self, measured: Measured) -> Verdict | None:
+        """Of a correction; a probe is about no predicted step."""
+        if not self._may_undo or measured.horizon == 1 or measured.moments is None:
+            return None
+        loss, before = measured.loss, self._at.start_loss
+        rose = loss is None or before is None or loss > before
+        return Verdict.UNDO if rose and not measured.moments[1] > 0.0 else Verdict.KEEP
+
+    def _judge(self, measured: Measured, verdict: Verdict | None) -> None:
         """The gate: twice as many predictions if they pay, half as many if not, none if gradients turn against them."""
         at, before = self._at, self._at.predict_steps
         slope = at.recent[0] / at.recent[1] if at.recent[1] else 0.0
         rises = trend(at.losses) > RISES
-        if slope >= self.config.min_slope and not rises:
+        if verdict is Verdict.UNDO:
+            at.predict_steps, at.history = 0, 0
+            at.losses = [] if at.start_loss is None else [at.start_loss]
+            at.undone += 1
+        elif slope >= self.config.min_slope and not rises:
             at.predict_steps = min(self.config.predict_steps, max(1, 2 * before))
             if measured.horizon > 1:  # not a probe alone
                 at.probe_wait = 1
@@ -228,13 +267,14 @@ class PhaseSchedule:
             at.recent = (0.0, 0.0)
         if at.predict_steps != before:
             logger.info(
-                "step %d: gradients go %.2f of what is predicted %d ahead%s: %d -> %d predicted steps",
+                "step %d: gradients go %.2f of what is predicted %d ahead%s: %d -> %d predicted steps%s",
                 at.total_step,
                 slope,
                 measured.horizon,
                 ", and the loss rises" if rises else "",
                 before,
                 at.predict_steps,
+                ", and the last ones are undone" if verdict is Verdict.UNDO else "",
             )
 
     def _follow_trend(self) -> None:
@@ -333,6 +373,7 @@ class PhaseSchedule:
             loss=self.loss,
             quality=self.quality,
             error_by_horizon=self.error_by_horizon(),
+            undone=self._at.undone,
             dense_bytes_skipped=skipped * dense_bytes,
             seconds_by_phase=dict(seconds_by_phase),
         )

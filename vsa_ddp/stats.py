@@ -118,6 +118,8 @@ class PhaseStats(NamedTuple):
     """Of the whole gradient, last agreed on."""
     error_by_horizon: dict[int, float]
     """Steps that a prediction reached ahead -> mean share of the gradient's energy that it did not explain."""
+    undone: int
+    """Sections of predicted steps that were taken back."""
     dense_bytes_skipped: int
     """Bytes of gradients that skipped backward passes did not hand to DDP; a compressing hook would have sent fewer."""
     seconds_by_phase: dict[str, float]
@@ -131,4 +133,5 @@ class PhaseStats(NamedTuple):
             f"{self.backwards} backward passes in {self.steps} steps ({self.speedup:.2f} x), "
             f"{self.dense_bytes_skipped / 2**20:.1f} MiB of gradients not sent, "
             f"{sum(self.seconds_by_phase.values()):.1f} s; {quality}"
+            + (f"; {self.undone} sections undone" if self.undone else "")
         )

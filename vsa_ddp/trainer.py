@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vsa_ddp.agreement import StepAgreement, check_agreement, digest, fingerprint
 from vsa_ddp.config import PhaseConfig
 from vsa_ddp.names import averaged_parameters, describe
-from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo
+from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo, Verdict
 from vsa_ddp.predictor import GradientPredictor
+from vsa_ddp.snapshot import Snapshot
 from vsa_ddp.stats import PhaseStats
 from vsa_ddp.version import __version__
 from vsa_ddp.wires import make_cpu_twin
@@ -113,6 +114,8 @@ class PhasedTrainer:
         self.schedule = PhaseSchedule(self.config)
         self._parameters = {name.replace("_orig_mod.", ""): p for name, p in averaged_parameters(model)}
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
+        self._before = Snapshot(model.module, optimizer)
+        """The section."""
         self._ddp = model
         self._dense_bytes = sum(p.nbytes for p in self._parameters.values())
         mine = {**vars(self.config), "parameter": describe(self._parameters.items()), "version": __version__}
@@ -146,6 +149,8 @@ class PhasedTrainer:
             # DDP's forward pass may broadcast buffers
             if not step.predicted and self._ddp.will_sync_module_buffers():  # type: ignore[no-untyped-call]
                 self._hear()
+            if step.info.keeps:
+                self._before.take()
             self.optimizer.zero_grad()
             with self._no_backward() if step.predicted else contextlib.nullcontext():
                 yield step
@@ -153,8 +158,11 @@ class PhasedTrainer:
                 raise ValueError("the step ended without step.backward(loss) outside ddp_model.no_sync().")
             self._measuring.loss = step.loss
             self._hear()
-            self.schedule.end_step(self._heard)
+            verdict = self.schedule.end_step(self._heard)
             self._heard = None
+            self._before.settle(verdict, in_section=step.predicted)
+            if verdict is Verdict.UNDO:
+                self.predictor.reset()
             self._coming = self._send()
         except BaseException:
             self._fail(step.info)
@@ -282,6 +290,7 @@ class PhasedTrainer:
             "schedule": self.schedule.state_dict(),
             "predictor": self.predictor.state_dict(),
             "measured": list(heard) if heard is not None else None,
+            "before": self._before.to_bytes(),
             "seconds": dict(self._seconds),
         }
 
@@ -305,6 +314,7 @@ class PhasedTrainer:
         if not kept:
             self.schedule.forget_history()
         self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None
+        self._before.from_bytes(state["before"])
         self._seconds = dict(state["seconds"])
 
 

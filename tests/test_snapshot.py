@@ -1,0 +1,108 @@
+"""What was kept comes back, bit for bit, and what came after it is gone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import digest
+from vsa_ddp.phase import Verdict
+from vsa_ddp.snapshot import Snapshot
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+}
+
+
+class Trained:
+    """A model with buffers, and its optimizer, some steps on."""
+
+    def __init__(self, optimizer: str, steps: int) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.train(range(steps))
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            self.optimizer.zero_grad()
+            self.model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            self.optimizer.step()
+
+    def bits(self, *, buffers: bool = True) -> str:
+        state = self.optimizer.state_dict()["state"]
+        kept = [torch.as_tensor(v) for values in state.values() for v in values.values() if v is not None]
+        return digest([*self.model.parameters(), *(self.model.buffers() if buffers else ()), *kept])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_training_goes_back_and_then_on_as_if_nothing_had_been(optimizer: str, steps: int) -> None:
+    trained, straight = Trained(optimizer, steps), Trained(optimizer, steps)
+    before = Snapshot(trained.model, trained.optimizer)
+    before.take()
+    start = trained.bits()
+    trained.train(range(100, 104))
+    assert trained.bits() != start
+    before.restore()
+    assert trained.bits() == start
+    assert not before.held
+    for each in (trained, straight):
+        each.train(range(steps, steps + 3))
+    assert trained.bits() == straight.bits()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_copy_survives_a_checkpoint_but_for_buffers(optimizer: str) -> None:
+    trained = Trained(optimizer, 2)
+    before = Snapshot(trained.model, trained.optimizer)
+    assert before.to_bytes() is None
+    before.take()
+    start = trained.bits(buffers=False)
+    trained.train(range(2, 4))
+    saved = before.to_bytes()
+    other = Trained(optimizer, 4)
+    assert other.bits() == trained.bits()
+    loaded = Snapshot(other.model, other.optimizer)
+    loaded.from_bytes(saved)
+    assert loaded.held
+    loaded.restore()
+    assert other.bits(buffers=False) == start
+    loaded.from_bytes(None)
+    assert not loaded.held
+
+
+def test_what_was_kept_shares_nothing_with_what_goes_on() -> None:
+    trained = Trained("adamw", 1)
+    state = copy.deepcopy(trained.optimizer.state_dict())
+    before = Snapshot(trained.model, trained.optimizer)
+    before.take()
+    trained.train(range(1, 3))
+    before.restore()
+    trained.train(range(1, 2))
+    assert trained.bits() == Trained("adamw", 2).bits()
+    assert all(values["step"] == 1 for values in state["state"].values())
+
+
+def test_verdicts() -> None:
+    trained = Trained("sgd", 1)
+    before = Snapshot(trained.model, trained.optimizer)
+    with pytest.raises(RuntimeError, match="nothing to go back to"):
+        before.settle(Verdict.UNDO, in_section=False)
+    before.take()
+    before.settle(None, in_section=True)
+    assert before.held
+    trained.train(range(1, 2))
+    middle = trained.bits()
+    before.settle(Verdict.KEEP, in_section=True)
+    trained.train(range(2, 3))
+    before.settle(Verdict.UNDO, in_section=True)
+    assert trained.bits() == middle
+    before.take()
+    before.settle(Verdict.KEEP, in_section=False)
+    assert not before.held
