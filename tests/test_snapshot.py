@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from tests.models import digest
+from tests.ranks import run_ranks
 from vsa_ddp.phase import Verdict
 from vsa_ddp.snapshot import Snapshot
 
@@ -87,6 +90,32 @@ def test_what_was_kept_shares_nothing_with_what_goes_on() -> None:
     trained.train(range(1, 2))
     assert trained.bits() == Trained("adamw", 2).bits()
     assert all(values["step"] == 1 for values in state["state"].values())
+
+
+def sharded(rank: int, world_size: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+
+    def train(steps: range) -> str:
+        for step in steps:
+            optimizer.zero_grad()
+            model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+        state = [value for values in optimizer.optim.state.values() for value in values.values()]
+        assert state
+        return digest([*model.parameters(), *state])
+
+    before = Snapshot(model, optimizer)
+    start = train(range(2))
+    before.take()
+    end = train(range(2, 4))
+    before.restore()
+    assert train(range(0)) == start
+    assert train(range(2, 4)) == end
+
+
+def test_each_rank_of_a_sharded_optimizer_keeps_its_share(tmp_path: Path) -> None:
+    run_ranks(sharded, 2, tmp_path)
 
 
 def test_verdicts() -> None:

@@ -47,8 +47,9 @@ class Snapshot:
             raise RuntimeError("there is nothing to go back to: take() was not called, or what it kept was dropped.")
         for p, old, state in zip(self._all_parameters(), self._parameters, self._state, strict=True):
             p.copy_(old)
-            self._state_of.pop(p, None)
-            if state is not None:
+            if state is None:
+                self._state_of.pop(p, None)
+            else:
                 self._state_of[p] = state
         for buffer, old in self._buffers:
             buffer.copy_(old)
