@@ -7,9 +7,10 @@
 
 Ranks take turns in one process (`phase_methods`), with the package's own schedule and predictor. Every method has the
 same number of backward passes, in which the learning rate runs through its whole schedule; "plain, same cost" has as
-many more as the predicted steps of "gate, linear" cost, at one for a forward pass and two for a backward one. Learning
-rates are tried with the first seed on a grid that grows while its best is at an end, unless the suite has a rate that
-is deliberately conservative. Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
+many more as the predicted steps of the default, "gate, ema", cost, at one for a forward pass and two for a backward
+one. Learning rates are tried with the first seed on a grid that grows while its best is at an end, unless the suite has
+a rate that is deliberately conservative. Every run is stored as it ends, and a benchmark that was stopped goes on where
+it was.
 """
 
 import math
@@ -166,7 +167,7 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
         lr=suite.base_lr * (26 / 9 if method == FASTER else 1),
     )
     if method in (SAME_COST, TWICE):
-        gated = best_runs(suite, "gate, linear", runs)
+        gated = best_runs(suite, "gate, ema", runs)
         plain = best_runs(suite, "plain", runs)
         if len(gated) < len(SEEDS) or len(plain) < len(SEEDS):
             return
@@ -256,7 +257,7 @@ def report(results: Results) -> str:
 
 
 QUICK = ("full-batch", "fine-tuning")
-QUICK_METHODS = ("plain", "gate, linear", "fixed, linear", "fixed, repeat the last", "fixed, zero gradient")
+QUICK_METHODS = ("plain", "gate, ema", "fixed, linear", "fixed, repeat the last", "fixed, zero gradient")
 
 
 def main(

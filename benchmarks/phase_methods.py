@@ -188,20 +188,21 @@ def rolled_back(run: PhasedRun, prediction: Gradients) -> float:
     return before
 
 
-FIXED: dict[str, Any] = {"adapt": "none"}
+FIXED: dict[str, Any] = {"adapt": "none", "predictor": "linear"}
 """The deterministic schedule: 9 backward passes in 26 steps, whatever comes of it."""
 
-FORWARD: dict[str, Any] = {"roll_back": False}
-"""No section is undone."""
+FORWARD: dict[str, Any] = {"roll_back": False, "predictor": "linear"}
+"""No section is undone. Candidates predict by a line."""
 
 METHODS: dict[str, tuple[PhaseConfig, Skip]] = {
     "plain": (PhaseConfig(predict_steps=0), predicted),
-    **{f"gate, {name}": (PhaseConfig(predictor=name), predicted) for name in ("linear", "last", "ema", "momentum")},
+    **{f"gate, {name}": (PhaseConfig(predictor=name), predicted) for name in ("ema", "linear", "last", "momentum")},
     "fixed, linear": (PhaseConfig(**FIXED), predicted),
-    "fixed, ema": (PhaseConfig(predictor="ema", **FIXED), predicted),
-    "fixed, repeat the last": (PhaseConfig(predictor="last", **FIXED), predicted),
-    "fixed, zero gradient": (PhaseConfig(predictor="last", **FIXED), zero),
-    "gate, never back": (PhaseConfig(**FORWARD), predicted),
+    "fixed, ema": (PhaseConfig(**{**FIXED, "predictor": "ema"}), predicted),
+    "fixed, repeat the last": (PhaseConfig(**{**FIXED, "predictor": "last"}), predicted),
+    "fixed, zero gradient": (PhaseConfig(**{**FIXED, "predictor": "last"}), zero),
+    "gate, ema, never back": (PhaseConfig(**{**FORWARD, "predictor": "ema"}), predicted),
+    "gate, linear, never back": (PhaseConfig(**FORWARD), predicted),
     "gate, shrunk": (PhaseConfig(**FORWARD), shrunk),
     "gate, directional": (PhaseConfig(**FORWARD), directional),
     "gate, debiased": (PhaseConfig(**FORWARD), debiased),

@@ -107,9 +107,9 @@ def told(trial: Trial, loss: float | None, cost: float = 0.0) -> Record:
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:
     suite = Suite(task="digits", optimizer="sgd", backwards=10, base_lr=0.1)
     runs: list[Record] = []
-    while planned := list(waiting(suite, "gate, linear", runs)):
+    while planned := list(waiting(suite, "gate, ema", runs)):
         runs += [told(t, abs(math.log2(t.lr / 0.4)) + 0.01 * t.seed) for t in planned]
-    best = best_runs(suite, "gate, linear", runs)
+    best = best_runs(suite, "gate, ema", runs)
     assert [r["lr"] for r in best] == pytest.approx([0.4] * len(SEEDS))
     assert sorted(r["seed"] for r in best) == list(SEEDS)
 
@@ -125,7 +125,7 @@ def test_plain_training_at_the_same_cost_waits_for_what_the_predictions_cost() -
     suite = SUITES["fine-tuning"]
     plain = [told(t, 1.0) for t in waiting(suite, "plain", [])]
     assert not list(waiting(suite, SAME_COST, plain))
-    gated = [told(t, 1.0, 3.0 * t.backwards + 60) for t in waiting(suite, "gate, linear", [])]
+    gated = [told(t, 1.0, 3.0 * t.backwards + 60) for t in waiting(suite, "gate, ema", [])]
     assert [t.extra for t in waiting(suite, SAME_COST, plain + gated)] == [20] * len(SEEDS)
     assert [t.extra for t in waiting(suite, TWICE, plain + gated)] == [suite.backwards] * len(SEEDS)
 
@@ -134,7 +134,7 @@ def test_plain_training_at_the_same_cost_waits_for_what_the_predictions_cost() -
 def test_a_verdict_asks_for_more_than_the_spread_of_seeds(loss: float, said: str) -> None:
     suite = SUITES["fine-tuning"]
     plain = [told(t, 1.0 + 0.1 * t.seed) for t in waiting(suite, "plain", [])]
-    assert verdict([told(t, loss + 0.1 * t.seed) for t in waiting(suite, "gate, linear", [])], plain) == said
+    assert verdict([told(t, loss + 0.1 * t.seed) for t in waiting(suite, "gate, ema", [])], plain) == said
     assert verdict(plain[:1], plain[:1]) == "one seed"
 
 

@@ -279,10 +279,11 @@ def to_a_correction(**settings: Any) -> PhaseSchedule:
         (1.0, 9.0, "keep"),
         (-1.0, 2.0, "keep"),
         (-1.0, 1.0, "keep"),
-        (-1.0, 2.1, "undo"),
-        (0.0, 2.1, "undo"),
+        (-1.0, 2.19, "keep"),
+        (-1.0, 2.21, "undo"),
+        (0.0, 2.21, "undo"),
         (-1.0, None, "undo"),
-        (math.nan, 2.1, "undo"),
+        (math.nan, 2.21, "undo"),
         (math.nan, None, "undo"),
     ],
 )
@@ -323,7 +324,9 @@ def test_a_section_keeps_where_it_began() -> None:
 
 
 def test_gradients_that_were_rejected_are_made_up_for() -> None:
-    schedule = PhaseSchedule(PhaseConfig(warmup_steps=0, full_steps=2, predict_steps=3, adapt="none"))
+    schedule = PhaseSchedule(
+        PhaseConfig(warmup_steps=0, full_steps=2, predict_steps=3, adapt="none", predictor="linear")
+    )
     letters = ""
     for step in range(8):
         letters += schedule.begin_step().phase.value[0]

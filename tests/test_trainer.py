@@ -399,7 +399,7 @@ def compiled(rank: int) -> tuple[str, nn.Module]:
         model = torch.compile(inner, backend="eager") if outside else inner
         phases = PhasedTrainer(model, sgd(inner), PhaseConfig(**SHORT))
         letters = train(phases, model, rank, range(16))
-        assert all(not name.startswith("_orig") for name in phases.predictor.state_dict()["sums"]["linear"][0])
+        assert all(not name.startswith("_orig") for name in phases.predictor.state_dict()["sums"]["ema"][0])
     return letters, inner
 
 
@@ -500,7 +500,7 @@ def frozen_and_subgroup(rank: int, world_size: int) -> tuple[str, str]:
     ddp = DDP(model, process_group=pairs[rank % 2], **OPTIONS)
     phases = PhasedTrainer(ddp, sgd(ddp), PhaseConfig(**SHORT))
     letters = train(phases, ddp, rank, range(16))
-    assert "hidden.weight" not in phases.predictor.state_dict()["sums"]["linear"][0]
+    assert "hidden.weight" not in phases.predictor.state_dict()["sums"]["ema"][0]
     return letters, digest(ddp.parameters())
 
 
@@ -570,8 +570,8 @@ def others_folders(rank: int, world_size: int, folder: Path) -> None:
     assert train(phases, model, rank, range(6)) == "wwffpp"
     dcp.save({"phases": phases}, checkpoint_id=folder / "saved")
     for (_, other), text in (
-        (trainer(wider), "phases.predictor.sums.linear.0.head.weight"),
-        (trainer(more), "phases.predictor.sums.linear.0.extra.weight"),
+        (trainer(wider), "phases.predictor.sums.ema.0.head.weight"),
+        (trainer(more), "phases.predictor.sums.ema.0.extra.weight"),
         (trainer(frozen()), "norm.weight is (96,) there and absent here"),
         (trainer(net(), predictor="momentum"), "phases.predictor.sums.momentum.0"),
         (trainer(net(), correction=0.5), "phases.predictor.residual"),

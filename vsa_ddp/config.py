@@ -187,10 +187,10 @@ class PhaseConfig:
     not change it: above a half, a prediction is nearer to the gradient without that noise than zero is."""
     roll_back: bool = True
     """The gate's: predicted steps are undone if their correction shows that gradients turned against the predictions
-    and the loss rose. Costs a copy of parameters, buffers and optimizer state while a section lasts."""
-    predictor: PredictorName = "linear"
-    """"last" gradient; "ema", their decayed mean; "momentum", the last one and a damped trend; "linear", a line through
-    all of them by weighted least squares."""
+    and the loss rose by a tenth. Costs a copy of parameters, buffers and optimizer state while a section lasts."""
+    predictor: PredictorName = "ema"
+    """"last" gradient; "ema", the decayed mean of all; "momentum", the last one and a damped trend; "linear", a line
+    through all of them by weighted least squares."""
     decay: float = 0.95
     """Weight of a gradient that is one step older, for "ema" and "linear"."""
     damping: float = 0.9

@@ -135,4 +135,4 @@ class DeterministicPhaseTrainer(PhaseTrainer):
     """`PhaseTrainer` with lengths that stay as they are and a predictor that fits lines: 10 steps to warm up, then 5
     full ones and 20 with a correction after every fifth."""
 
-    DEFAULT: ClassVar[PhaseConfig] = PhaseConfig(adapt="none")
+    DEFAULT: ClassVar[PhaseConfig] = PhaseConfig(adapt="none", predictor="linear")

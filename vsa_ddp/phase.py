@@ -47,7 +47,7 @@ class Verdict(StrEnum):
 
     KEEP = "keep"
     UNDO = "undo"
-    """Gradients turned against the predictions, and the loss rose."""
+    """Gradients turned against the predictions, and the loss rose by a tenth."""
 
 
 class StepInfo(NamedTuple):
@@ -244,7 +244,7 @@ class PhaseSchedule:
         if not self._may_undo or measured.horizon == 1 or measured.moments is None:
             return None
         loss, before = measured.loss, self._at.start_loss
-        rose = loss is None or before is None or loss > before
+        rose = loss is None or before is None or loss > before + RISES * abs(before)
         return Verdict.UNDO if rose and not measured.moments[1] > 0.0 else Verdict.KEEP
 
     def _judge(self, measured: Measured, verdict: Verdict | None) -> None:
