@@ -116,6 +116,7 @@ def test_what_a_step_is_told() -> None:
         ({"correction": "half"}, "correction must be a number in .* got 'half'"),
         ({"min_slope": -0.5}, r"min_slope must be a number of at least 0, got -0\.5; adapt=\"none\""),
         ({"min_slope": math.nan}, "min_slope must be a number"),
+        ({"roll_back": 1}, "roll_back must be True or False, got 1"),
         ({"predictor": "oracle"}, "predictor must be one of last, ema, momentum, linear, got 'oracle'"),
         ({"adapt": True}, "adapt must be one of gate, trend, none, got True"),
         ({"history_dtype": "int8"}, "history_dtype must be one of float32, bfloat16, got 'int8'"),

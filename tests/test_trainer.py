@@ -169,7 +169,7 @@ def turning(model: nn.Module, number: int, rank: int) -> Tensor:
 
 
 def undone(rank: int, world_size: int, folder: Path, roll_back: bool) -> dict[str, Any]:
-    """A run whose third section goes wrong, and what becomes of it when it is saved at every step around that."""
+    """A run whose third section goes wrong, and what becomes of it when it is saved around that."""
     import torch.distributed.checkpoint as dcp  # a second in each child, of these tests alone
 
     config = PhaseConfig(warmup_steps=4, full_steps=3, correct_every=2, predictor="last", roll_back=roll_back)
@@ -191,7 +191,7 @@ def undone(rank: int, world_size: int, folder: Path, roll_back: bool) -> dict[st
     for number in range(30):
         letters += train(phases, model, rank, range(number, number + 1), turning)
         after.append(bits(model, phases))
-        if TURN - 4 <= number <= TURN + 2:
+        if number in (TURN - 2, TURN, TURN + 1):  # in the section, before the verdict, after it
             saved[number + 1] = parts(model, phases)
             dcp.save({"phases": phases}, checkpoint_id=folder / f"{number + 1}")
             if rank == 0:
