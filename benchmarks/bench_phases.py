@@ -8,9 +8,9 @@
 Ranks take turns in one process (`phase_methods`), with the package's own schedule and predictor. Every method has the
 same number of backward passes, in which the learning rate runs through its whole schedule; "plain, same cost" has as
 many more as the predicted steps of the default, "gate, ema", cost, at one for a forward pass and two for a backward
-one. Learning rates are tried with the first seed on a grid that grows while its best is at an end, unless the suite has
-a rate that is deliberately conservative. Every run is stored as it ends, and a benchmark that was stopped goes on where
-it was.
+one. Learning rates are tried with the first seed on a grid that grows while its best is at an end; the best at which no
+seed diverges is taken. Some suites have one rate instead, deliberately conservative. Every run is stored as it ends,
+and a benchmark that was stopped goes on where it was.
 """
 
 import math
@@ -176,19 +176,25 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     elif method == FASTER and suite.tuned:
         return  # the search has it
     elif suite.tuned:
-        first = {round(2 * math.log2(r["lr"] / trial.lr)): r for r in mine if r["seed"] == SEEDS[0]}
+        first = {_exponent(r, suite): score(r) for r in mine if r["seed"] == SEEDS[0]}
+        first |= {_exponent(r, suite): math.inf for r in mine if score(r) == math.inf}  # no rate to train at
         wanted = {-1, 0, 1} - first.keys()
-        best = min(first, key=lambda k: score(first[k]), default=0)
+        best = min(first, key=lambda k: first[k], default=0)
         if not wanted:
             wanted = {best - 1, best + 1} - first.keys()
         if wanted := {k for k in wanted if abs(k) <= 8}:
             yield from (replace(trial, lr=trial.lr * 2 ** (k / 2)) for k in sorted(wanted))
             return
-        if score(first[best]) == math.inf:
+        if first[best] == math.inf:
             return
-        trial = replace(trial, lr=first[best]["lr"])
+        trial = replace(trial, lr=trial.lr * 2 ** (best / 2))
     done = {r["seed"] for r in mine if r["lr"] == trial.lr}
     yield from (replace(trial, seed=seed) for seed in SEEDS if seed not in done)
+
+
+def _exponent(run: Record, suite: Suite) -> int:
+    """Of the run's learning rate on the grid."""
+    return round(2 * math.log2(run["lr"] / suite.base_lr))
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:

@@ -114,6 +114,15 @@ def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> N
     assert sorted(r["seed"] for r in best) == list(SEEDS)
 
 
+def test_a_rate_at_which_some_seed_diverges_is_not_taken() -> None:
+    suite = Suite(task="digits", optimizer="sgd", backwards=10, base_lr=0.1)
+    runs: list[Record] = []
+    while planned := list(waiting(suite, "plain", runs)):
+        runs += [told(t, None if t.seed == 1 and t.lr > 0.15 else abs(math.log2(t.lr / 0.4))) for t in planned]
+    best = best_runs(suite, "plain", runs)
+    assert [r["lr"] for r in best] == pytest.approx([0.1 * 2**0.5] * len(SEEDS))
+
+
 def test_a_conservative_rate_is_not_searched_and_its_faster_twin_is() -> None:
     suite = SUITES["fine-tuning"]
     assert {t.lr for t in waiting(suite, "plain", [])} == {suite.base_lr}
