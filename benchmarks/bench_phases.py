@@ -121,7 +121,8 @@ def run_phased(trial: Trial) -> Record:
         for group in optimizer.param_groups:
             group["lr"] = trial.lr * share
         phased.step()
-        good = not phased.losses or not diverged(phased.losses) or phased.before.held
+        good = phased.section_start.held or not phased.losses or not diverged(phased.losses)
+    good = good and not diverged(phased.losses)
     steps = phased.schedule.total_step
     return {
         "heldout_loss": TASKS[trial.task].heldout_loss(model) if good else None,
@@ -169,7 +170,7 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     if method in (SAME_COST, TWICE):
         gated = best_runs(suite, "gate, ema", runs)
         plain = best_runs(suite, "plain", runs)
-        if len(gated) < len(SEEDS) or len(plain) < len(SEEDS):
+        if len(gated) < len(SEEDS) or len(plain) < len(SEEDS) or any(score(r) == math.inf for r in gated):
             return
         extra = round(statistics.mean(r["cost"] for r in gated) / 3) - suite.backwards
         trial = replace(trial, lr=plain[0]["lr"], extra=suite.backwards if method == TWICE else extra)

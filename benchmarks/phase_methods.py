@@ -5,6 +5,7 @@ one step late, as `PhasedTrainer` does it.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,33 +46,31 @@ class PhasedRun:
         self.parameters = dict(self.model.named_parameters())
         self.schedule = PhaseSchedule(self.config)
         self.predictor = GradientPredictor(self.parameters.items(), self.config)
-        self.before = Snapshot(self.model, self.optimizer)
+        self.section_start = Snapshot(self.model, self.optimizer)
         self._late: Measured | None = None
 
     def step(self) -> None:
         """One optimizer step."""
         info = self.schedule.begin_step()
         if info.keeps:
-            self.before.take()
+            self.section_start.take()
         self.optimizer.zero_grad()
+        loss: float | None
         if info.phase is Phase.PREDICT:
-            now = Measured(self.skip(self, self.predictor.predict_gradient(step=info.total_step)))
+            loss = self.skip(self, self.predictor.predict_gradient(step=info.total_step))
+            now = Measured()
         else:
             loss, gradients = self.backward()
-            moments = None
-            if info.measures and self.predictor.num_recorded:
-                gg, gp, pp = self.predictor.compute_correction(gradients, step=info.total_step).tolist()
-                moments = gg, gp, pp
-            if info.records:
-                self.predictor.record_gradient(gradients, step=info.total_step)
+            now = self.predictor.take(gradients, info)
             self.losses.append(loss)
             self.take(gradients)
-            now = Measured(loss, moments=moments, horizon=info.horizon, judges=info.judges)
+        now = now._replace(loss=loss if loss is not None and math.isfinite(loss) else None)
         verdict = self.schedule.end_step(self._late)
-        self.before.settle(verdict, in_section=info.phase is Phase.PREDICT)
+        self.section_start.settle(verdict, in_section=info.phase is Phase.PREDICT)
         if verdict is Verdict.UNDO:
             self.predictor.reset()
             del self.losses[1:]  # the last are of what is undone
+            now = Measured()
         self._late = now
 
     def take(self, gradients: Gradients) -> None:

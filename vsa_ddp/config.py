@@ -183,8 +183,9 @@ class PhaseConfig:
     """"gate": sections grow while the gradients that come bear predictions out and the loss does not rise, and shrink
     to nothing while not. "trend": lengths follow the loss alone. "none": they stay as they are."""
     min_slope: float = 0.5
-    """The gate's threshold for the slope g p / p p of true gradients against predictions. The gradient's own noise does
-    not change it: above a half, a prediction is nearer to the gradient without that noise than zero is."""
+    """The gate's threshold for the slope g p / p p of true gradients against predictions, which may exceed 1 by no more
+    than it may fall short of it. The gradient's own noise does not change the slope: above a half, a prediction is
+    nearer to the gradient without that noise than zero is."""
     roll_back: bool = True
     """The gate's: predicted steps are undone if their correction shows that gradients turned against the predictions
     and the loss rose by a tenth. Costs a copy of parameters, buffers and optimizer state while a section lasts."""

@@ -104,8 +104,10 @@ class _Position:
     """Steps since the last FULL one."""
     section_steps: int = 0
     """How long the section may be: as long as `predict_steps` was when it began."""
+    kept: bool = False
+    """Whether there is something to go back to."""
     start_loss: float | None = None
-    """Loss before the section, or at its last correction."""
+    """Loss there."""
     run: int = 0
     """Predictions since the last backward pass."""
     history: int = 0
@@ -138,7 +140,8 @@ class PhaseSchedule:
         self._at = _Position(self.config.full_steps, 0 if starts_shut else self.config.predict_steps)
 
     @property
-    def _may_undo(self) -> bool:
+    def may_undo(self) -> bool:
+        """Whether it ever returns `Verdict.UNDO`."""
         return self.config.roll_back and self.config.adapt == "gate"
 
     # The steps
@@ -162,19 +165,20 @@ class PhaseSchedule:
             records=phase is Phase.CORRECT or (is_full and (at.predict_steps > 0 or probe is not None)),
             measures=measures,
             judges=measures and (phase is Phase.CORRECT or (probe is not None and phase_step == probe[-1])),
-            keeps=self._may_undo and phase is Phase.PREDICT and at.section == 0,
+            keeps=self.may_undo and phase is Phase.PREDICT and at.section == 0,
         )
 
     def end_step(self, measured: Measured | None = None) -> Verdict | None:
         """The step is done. `measured` may be of an earlier one, as soon as the ranks have agreed on it.
 
-        Returns, if that was a correction and `config.roll_back`, what becomes of the section up to there.
+        Returns, if that was a correction and `config.roll_back`, what becomes of the predicted steps before it.
         """
         at, info = self._at, self.begin_step()
         if info.phase is Phase.FULL and info.phase_changed and self.config.adapt == "trend":
             self._follow_trend()
         if info.phase is Phase.PREDICT and at.section == 0:
             at.section_steps = at.predict_steps
+            at.kept = info.keeps
         at.steps[info.phase] += 1
         at.total_step += 1
         at.cycle, at.phase, at.phase_step = info.cycle, info.phase, info.phase_step + 1
@@ -182,6 +186,8 @@ class PhaseSchedule:
         at.section = at.section + 1 if info.phase in (Phase.PREDICT, Phase.CORRECT) else 0
         at.history += info.records
         verdict = self._observe(measured) if measured is not None else None
+        if verdict is not None:
+            at.kept = verdict is Verdict.KEEP and info.phase is Phase.PREDICT
         if at.run == 1:
             at.start_loss = measured.loss if measured is not None else None
         return verdict
@@ -241,14 +247,17 @@ class PhaseSchedule:
 
     def _verdict(self, measured: Measured) -> Verdict | None:
         """Of a correction; a probe is about no predicted step."""
-        if not self._may_undo or measured.horizon == 1 or measured.moments is None:
+        if not self._at.kept or measured.horizon == 1 or measured.moments is None:
             return None
         loss, before = measured.loss, self._at.start_loss
-        rose = loss is None or before is None or loss > before + RISES * abs(before)
+        rose = loss is None or before is None or not loss <= before + RISES * abs(before)
         return Verdict.UNDO if rose and not measured.moments[1] > 0.0 else Verdict.KEEP
 
     def _judge(self, measured: Measured, verdict: Verdict | None) -> None:
-        """The gate: twice as many predictions if they pay, half as many if not, none if gradients turn against them."""
+        """The gate: twice as many predictions if they pay, half as many if not, none if gradients turn against them.
+
+        They must not grow beyond the predictions either: where they do, training is not far from diverging.
+        """
         at, before = self._at, self._at.predict_steps
         slope = at.recent[0] / at.recent[1] if at.recent[1] else 0.0
         rises = trend(at.losses) > RISES
@@ -256,7 +265,7 @@ class PhaseSchedule:
             at.predict_steps, at.history = 0, 0
             at.losses = [] if at.start_loss is None else [at.start_loss]
             at.undone += 1
-        elif slope >= self.config.min_slope and not rises:
+        elif self.config.min_slope <= slope <= 2.0 - self.config.min_slope and not rises:
             at.predict_steps = min(self.config.predict_steps, max(1, 2 * before))
             if measured.horizon > 1:  # not a probe alone
                 at.probe_wait = 1
@@ -396,6 +405,10 @@ class PhaseSchedule:
         }
         copies = {"phase": Phase(state["phase"]), "steps": dict(state["steps"]), "losses": list(state["losses"])}
         self._at = _Position(**{**state, **tuples, **copies})
+
+    def forget_start(self) -> None:
+        """Nothing was kept to go back to."""
+        self._at.kept = False
 
     def forget_history(self) -> None:
         """The predictor has begun anew: no predictions until it has seen as many gradients as it needs."""

@@ -114,8 +114,7 @@ class PhasedTrainer:
         self.schedule = PhaseSchedule(self.config)
         self._parameters = {name.replace("_orig_mod.", ""): p for name, p in averaged_parameters(model)}
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
-        self._before = Snapshot(model.module, optimizer)
-        """The section."""
+        self._section_start = Snapshot(model.module, optimizer)
         self._ddp = model
         self._dense_bytes = sum(p.nbytes for p in self._parameters.values())
         mine = {**vars(self.config), "parameter": describe(self._parameters.items()), "version": __version__}
@@ -150,7 +149,7 @@ class PhasedTrainer:
             if not step.predicted and self._ddp.will_sync_module_buffers():  # type: ignore[no-untyped-call]
                 self._hear()
             if step.info.keeps:
-                self._before.take()
+                self._section_start.take()
             self.optimizer.zero_grad()
             with self._no_backward() if step.predicted else contextlib.nullcontext():
                 yield step
@@ -160,9 +159,11 @@ class PhasedTrainer:
             self._hear()
             verdict = self.schedule.end_step(self._heard)
             self._heard = None
-            self._before.settle(verdict, in_section=step.predicted)
-            if verdict is Verdict.UNDO:
+            self._section_start.settle(verdict, in_section=step.predicted)
+            if verdict is Verdict.UNDO:  # and of this step's gradient nothing is left
                 self.predictor.reset()
+                self.optimizer.zero_grad()
+                self._measuring = _Measuring()
             self._coming = self._send()
         except BaseException:
             self._fail(step.info)
@@ -273,7 +274,7 @@ class PhasedTrainer:
         return self.schedule.stats(self._dense_bytes, self._seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies, as plain tensors, numbers and strings: loads with `torch.load(..., weights_only=True)`.
+        """Copies, as plain tensors, numbers, strings and bytes: loads with `torch.load(..., weights_only=True)`.
 
         Between steps. The same on all ranks but for the seconds, so that one rank may save it for all; it waits until
         the others have ended the step too. Its keys and the shapes of its tensors are those of a new trainer, so that
@@ -290,7 +291,7 @@ class PhasedTrainer:
             "schedule": self.schedule.state_dict(),
             "predictor": self.predictor.state_dict(),
             "measured": list(heard) if heard is not None else None,
-            "before": self._before.to_bytes(),
+            "section_start": self._section_start.to_bytes(),
             "seconds": dict(self._seconds),
         }
 
@@ -313,8 +314,11 @@ class PhasedTrainer:
         self.schedule.load_state_dict(state["schedule"])
         if not kept:
             self.schedule.forget_history()
+        if kept and self.schedule.may_undo:
+            self._section_start.from_bytes(state["section_start"])
+        if not self._section_start.held:
+            self.schedule.forget_start()
         self._loaded = Measured(*state["measured"]) if state["measured"] is not None else None
-        self._before.from_bytes(state["before"])
         self._seconds = dict(state["seconds"])
 
 
