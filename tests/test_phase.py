@@ -301,6 +301,18 @@ def test_a_section_is_undone_if_gradients_turned_and_the_loss_rose(
         assert walk(schedule, 6, slope=1.0, loss=2.0) == "ffffpc"  # the history begins anew, and the gate asks again
 
 
+@pytest.mark.parametrize(("slope", "opens"), [(0.4, False), (0.6, True), (1.4, True), (1.6, False), (9.0, False)])
+def test_the_gate_asks_that_gradients_go_on_as_predicted(slope: float, opens: bool) -> None:
+    assert ("p" in walk(PhaseSchedule(PhaseConfig()), 100, slope=slope, loss=1.0)) is opens
+
+
+def test_nothing_is_undone_without_something_to_go_back_to() -> None:
+    schedule = to_a_correction()
+    schedule.forget_start()  # as when a state is loaded without it
+    assert schedule.end_step(Measured(9.0, moments=(10.0, -1.0, 1.0), horizon=2, judges=True)) is None
+    assert schedule.predict_steps == 0
+
+
 def test_nothing_is_undone_where_that_is_not_asked_for() -> None:
     turned = Measured(9.0, moments=(10.0, -1.0, 1.0), horizon=2, judges=True)
     assert to_a_correction(roll_back=False).end_step(turned) is None

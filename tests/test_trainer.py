@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import logging
 import re
 import shutil
@@ -762,6 +763,32 @@ def misuse(rank: int, world_size: int) -> None:
     logging.getLogger("vsa_ddp.trainer").addHandler(handler)
     other.load_state_dict(saved)
     assert records == ["setting full_steps was 2 in the loaded state and is 9 now"]
+
+
+def other_rules(rank: int, world_size: int) -> None:
+    """States with an open section, for trainers that go back where the saved one did not, or the other way round."""
+
+    def start(**settings: Any) -> tuple[DDP, PhasedTrainer]:
+        model = DDP(Normed())
+        config = PhaseConfig(warmup_steps=4, full_steps=3, correct_every=2, predictor="last", **settings)
+        return model, PhasedTrainer(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)
+
+    for before, after in itertools.product((True, False), repeat=2):
+        model, phases = start(roll_back=before)
+        train(phases, model, rank, range(TURN - 1), turning)
+        saved = phases.state_dict()
+        assert (saved["section_start"] is not None) is before
+        other, again = start(roll_back=after)
+        other.module.load_state_dict(model.module.state_dict())
+        again.optimizer.load_state_dict(phases.optimizer.state_dict())
+        again.load_state_dict(saved)
+        train(again, other, rank, range(TURN - 1, 40), turning)
+        assert again.stats().undone == (before and after)
+        assert not again._section_start.held or after
+
+
+def test_a_state_goes_on_under_other_rules(tmp_path: Path) -> None:
+    run_ranks(other_rules, 2, tmp_path)
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
