@@ -36,6 +36,7 @@ ORDER = [
     "state",
     "hook",
     "register",
+    "history",
     "predictor",
     "local_phases",
     "snapshot",

@@ -119,7 +119,7 @@ def test_what_a_step_is_told() -> None:
         ({"roll_back": 1}, "roll_back must be True or False, got 1"),
         ({"predictor": "oracle"}, "predictor must be one of last, ema, momentum, linear, got 'oracle'"),
         ({"adapt": True}, "adapt must be one of gate, trend, none, got True"),
-        ({"history_dtype": "int8"}, "history_dtype must be one of float32, bfloat16, got 'int8'"),
+        ({"history_dtype": "int8"}, "history_dtype must be one of float32, bfloat16, trits, got 'int8'"),
     ],
 )
 def test_impossible_settings_are_named(setting: dict[str, Any], text: str) -> None:

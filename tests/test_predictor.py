@@ -144,6 +144,60 @@ def test_history_in_bfloat16_is_close(method: str) -> None:
     assert error < 0.05  # 2**-9 per rounding, some 20 of which a sum remembers, and a slope amplifies
 
 
+WIDE = {"weight": torch.zeros(64, 128), "bias": torch.zeros(7)}
+
+
+def wide_gradient(seed: int) -> dict[str, Tensor]:
+    """A direction and as much noise."""
+    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + seed)
+    return {n: torch.randn(p.shape, generator=common) + torch.randn(p.shape, generator=own) for n, p in WIDE.items()}
+
+
+@pytest.mark.parametrize(("method", "most"), [("last", 0.006), ("ema", 0.06), ("momentum", 0.015), ("linear", 0.35)])
+def test_history_in_trits_is_unbiased_and_near(method: PredictorName, most: float) -> None:
+    exact, rounded = (
+        GradientPredictor(WIDE.items(), PhaseConfig(predictor=method, history_dtype=dtype, correction=0.1))
+        for dtype in ("float32", "trits")
+    )
+    for seed in range(60):
+        for predictor in (exact, rounded):
+            if seed > 2:
+                predictor.compute_correction(wide_gradient(seed))
+            predictor.record_gradient(wide_gradient(seed))
+    expected, found = (predictor.predict_gradient(step=62) for predictor in (exact, rounded))
+    assert torch.equal(found["bias"], expected["bias"])  # too small for trits
+    p, q = expected["weight"], found["weight"]
+    energy = p.square().sum().item()
+    assert 0 < (p - q).square().sum().item() < most * energy
+    assert (p * q).sum().item() == pytest.approx(energy, rel=0.01)
+    stats = rounded.stats()
+    assert 8 * stats.buffer_bytes < 5.1 * stats.num_buffers * sum(p.numel() for p in WIDE.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_history_in_trits_goes_on_where_it_was_saved(method: PredictorName) -> None:
+    config = PhaseConfig(predictor=method, history_dtype="trits", correction=0.1)
+    whole, resumed = GradientPredictor(WIDE.items(), config), GradientPredictor(WIDE.items(), config)
+    new = structure(whole.state_dict())
+    for seed in range(6):
+        whole.record_gradient(wide_gradient(seed) if seed else {"bias": wide_gradient(0)["bias"]})
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert structure(saved) == new
+    assert resumed.load_state_dict(saved)
+    for predictor in (whole, resumed):
+        predictor.compute_correction(wide_gradient(7), step=8)
+        predictor.record_gradient(wide_gradient(7), step=8)
+    expected = whole.predict_gradient(step=10)
+    assert all(torch.equal(g, expected[n]) for n, g in resumed.predict_gradient(step=10).items())
+    floats = GradientPredictor(WIDE.items(), PhaseConfig(predictor=method, correction=0.1))
+    for state, other, kept in ((saved, floats, "in trits"), (floats.state_dict(), whole, "as floats")):
+        with pytest.raises(ValueError, match=f"the saved history is kept {kept}, but history_dtype is"):
+            other.load_state_dict(state)
+
+
 def test_the_parameters_dtype_is_that_of_the_prediction() -> None:
     parameters = {"half": torch.zeros(4, dtype=torch.bfloat16), "double": torch.zeros(4, dtype=torch.float64)}
     predictor = GradientPredictor(parameters.items(), PhaseConfig())

@@ -512,11 +512,11 @@ def test_frozen_parameters_and_a_group_of_some_ranks(tmp_path: Path) -> None:
     assert ranks[0][1] != ranks[1][1]
 
 
-def through_folders(rank: int, world_size: int, folder: Path) -> list[Any]:
+def through_folders(rank: int, world_size: int, folder: Path, history_dtype: Any) -> list[Any]:
     """Runs that were saved by torch.distributed.checkpoint after so many steps, and again before the next one."""
     import torch.distributed.checkpoint as dcp  # a second in each child, of these tests alone
 
-    config = PhaseConfig(**SHORT, correction=0.5)
+    config = PhaseConfig(**SHORT, correction=0.5, history_dtype=history_dtype)
 
     def start() -> tuple[DDP, PhasedTrainer]:
         model = DDP(net(), **OPTIONS)
@@ -543,8 +543,9 @@ def through_folders(rank: int, world_size: int, folder: Path) -> list[Any]:
     return [outcome(letters, model, phases), *found]
 
 
-def test_torch_distributed_checkpoint_saves_and_loads_the_trainer_itself(tmp_path: Path) -> None:
-    first, second = run_ranks(through_folders, 2, tmp_path, tmp_path)
+@pytest.mark.parametrize("history_dtype", ["float32", "trits"])
+def test_torch_distributed_checkpoint_saves_and_loads_the_trainer_itself(tmp_path: Path, history_dtype: str) -> None:
+    first, second = run_ranks(through_folders, 2, tmp_path, tmp_path, history_dtype)
     whole, *resumed = first
     assert whole[0] == "wwffppcpcffppcpc"
     assert resumed == [whole] * 4
@@ -608,7 +609,7 @@ def part(rank: int, world_size: int, how: str) -> tuple[tuple[str, str], float]:
         elif how == "history":
             phases.predictor.num_recorded += 1
         else:
-            phases.predictor._sums[0]["1.weight"][0, 0] += 1e-6
+            phases.predictor._sums[0].read(["1.weight"])["1.weight"][0, 0] += 1e-6
     start = time.perf_counter()
     error = error_of(lambda: train(phases, model, rank, range(4, 16)))
     seconds = time.perf_counter() - start

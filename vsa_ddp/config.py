@@ -13,7 +13,7 @@ Backend = Literal["auto", "torch", "numba", "triton"]
 WireName = Literal["all_gather", "all_reduce", "two_shot", "auto", "dense"]
 PredictorName = Literal["last", "ema", "momentum", "linear"]
 Adapt = Literal["gate", "trend", "none"]
-HistoryDtype = Literal["float32", "bfloat16"]
+HistoryDtype = Literal["float32", "bfloat16", "trits"]
 
 COMPRESSION = 64.0
 """Where nothing is said. By `all_gather` the decoded gradient has the noise of one from two fifths of the batch."""
@@ -201,7 +201,7 @@ class PhaseConfig:
     size."""
     history_dtype: HistoryDtype = "float32"
     """How the predictor stores its buffers of the gradient's size: one for "last" and "ema", two for the others,
-    and one more with a `correction`."""
+    and one more with a `correction`. "trits" are 4.9 bits per element, rounded anew with every gradient."""
 
     def __post_init__(self) -> None:
         for name, low, remedy in (

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from vsa_ddp.config import PhaseConfig
+from vsa_ddp.history import Gradients
 from vsa_ddp.phase import Measured, Phase, PhaseSchedule, StepInfo
-from vsa_ddp.predictor import GradientPredictor, Gradients
+from vsa_ddp.predictor import GradientPredictor
 from vsa_ddp.stats import PhaseStats
 
 

@@ -15,19 +15,18 @@ Source: the damped trend is Gardner and McKenzie 1985 (Management Science 31), d
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vsa_ddp.config import PhaseConfig
+from vsa_ddp.history import Buffer, Gradients, make_buffer
 from vsa_ddp.phase import HISTORY_NEEDED, Measured, StepInfo
 from vsa_ddp.stats import PredictionQuality
 
 logger = logging.getLogger(__name__)
-
-Gradients = dict[str, Tensor]
 
 
 class PredictorStats(NamedTuple):
@@ -70,8 +69,9 @@ class GradientPredictor:
         self._last_step = 0
         self._gap = 1
         self._weights = (0.0, 0.0, 0.0)  # sums of w, w t and w t^2, with t = 0 at the last recorded gradient
-        self._sums: list[Gradients] = [{} for _ in range(self._num_sums)]
-        self._residual: Gradients = {}
+        labels = [*map(str, range(self._num_sums)), "residual"]
+        buffers = [make_buffer(label, self._parameters, self.config.history_dtype) for label in labels]
+        self._sums, self._residual = buffers[:-1], buffers[-1]
         self._present: list[str] = []
         self._moments_T3: Tensor | None = None
         self._measured: list[str] = []
@@ -91,10 +91,25 @@ class GradientPredictor:
         if not _all_finite(list(gradients.values())):
             return False
         gap = now - self._last_step if self.num_recorded else 1
-        names = list(gradients)
-        self._allocate(names)
+        names, decay = list(gradients), self.config.decay**gap
+        for buffer in self._buffers:
+            buffer.allocate(names)
+        for portion in self._sums[0].portions():
+            sums = [buffer.read(portion) for buffer in self._sums]
+            self._add(sums, {n: gradients[n] for n in portion if n in gradients}, gap, scale)
+            for buffer, changed in zip(self._sums, sums, strict=True):
+                buffer.write(changed, now)
+        w, wt, wtt = self._weights
+        aged = decay * w, decay * (wt - gap * w), decay * (wtt - 2 * gap * wt + gap * gap * w)
+        self._weights = aged[0] + 1.0, aged[1], aged[2]
+        self._present, self._gap, self._last_step = names, gap, now
+        self.num_recorded += 1
+        return True
+
+    def _add(self, sums: list[Gradients], gradients: Gradients, gap: int, scale: float) -> None:
+        """To the sums, in place, which are `gap` older by now."""
         method, decay = self.config.predictor, self.config.decay**gap
-        g0, gt = (list(sums.values()) for sums in (self._sums[0], self._sums[-1]))
+        g0, gt = list(sums[0].values()), list(sums[-1].values())
         if method == "momentum":
             torch._foreach_copy_(gt, g0)
         if method == "linear" and self.num_recorded:
@@ -102,13 +117,8 @@ class GradientPredictor:
             torch._foreach_sub_(gt, g0, alpha=gap)
             torch._foreach_mul_(gt, decay)
         torch._foreach_mul_(g0, decay if method in ("ema", "linear") else 0.0)
-        torch._foreach_add_([self._sums[0][n] for n in names], [gradients[n] for n in names], alpha=1.0 / scale)
-        w, wt, wtt = self._weights
-        aged = decay * w, decay * (wt - gap * w), decay * (wtt - 2 * gap * wt + gap * gap * w)
-        self._weights = aged[0] + 1.0, aged[1], aged[2]
-        self._present, self._gap, self._last_step = names, gap, now
-        self.num_recorded += 1
-        return True
+        if gradients:
+            torch._foreach_add_([sums[0][n] for n in gradients], list(gradients.values()), alpha=1.0 / scale)
 
     @torch.no_grad()
     def predict_gradient(self, *, step: int | None = None, scale: float = 1.0) -> Gradients:
@@ -119,15 +129,12 @@ class GradientPredictor:
         now = self._now(step)
         if not self.num_recorded:
             return {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
-        names = self._present
         weights = [scale * w for w in self._coefficients(now)]
-        if not names:
-            return {}
-        predicted = torch._foreach_mul([self._working(self._sums[0][n], n) for n in names], weights[0])
-        for sums, weight in zip(self._sums[1:], weights[1:], strict=True):
-            torch._foreach_add_(predicted, [sums[n] for n in names], alpha=weight)
-        self.apply_correction(dict(zip(names, predicted, strict=True)), scale=scale)
-        return {n: p.to(self._parameters[n].dtype) for n, p in zip(names, predicted, strict=True)}
+        predicted: Gradients = {}
+        for names in self._sums[0].portions(self._present):
+            predicted |= self._weighted(names, weights)
+        self.apply_correction(predicted, scale=scale)
+        return {n: predicted[n].to(self._parameters[n].dtype) for n in self._present}
 
     # Correction and quality
 
@@ -156,7 +163,9 @@ class GradientPredictor:
                 if error is None:
                     continue
                 error.neg_().add_(gradients[name], alpha=1.0 / scale)
-                self._residual[name].mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
+                residual = self._residual.read([name])
+                residual[name].mul_(self.config.decay).add_(error, alpha=1.0 - self.config.decay)
+                self._residual.write(residual, now)
         return total_3
 
     def take(self, gradients: Mapping[str, Tensor], info: StepInfo, *, scale: float = 1.0) -> Measured:
@@ -175,10 +184,11 @@ class GradientPredictor:
     @torch.no_grad()
     def apply_correction(self, predicted: Gradients, *, scale: float = 1.0) -> Gradients:
         """Add `config.correction` of the mean error of past predictions, in place. `predict_gradient` has done it."""
-        names = [n for n in predicted if n in self._residual]
-        if names:
-            weight = self.config.correction * scale
-            torch._foreach_add_([predicted[n] for n in names], [self._residual[n] for n in names], alpha=weight)
+        weight = self.config.correction * scale
+        for names in self._residual.portions(predicted) if weight else ():
+            residual = self._residual.read(names)
+            if names:
+                torch._foreach_add_([predicted[n] for n in names], list(residual.values()), alpha=weight)
         return predicted
 
     def quality_by_parameter(self) -> dict[str, PredictionQuality]:
@@ -204,7 +214,7 @@ class GradientPredictor:
             num_recorded=self.num_recorded,
             horizon=self.total_steps - self._last_step if self.num_recorded else 0,
             num_buffers=len(self._buffers),
-            buffer_bytes=sum(t.nbytes for buffer in self._buffers for t in buffer.values()),
+            buffer_bytes=sum(buffer.num_bytes for buffer in self._buffers),
             quality=self.quality,
         )
 
@@ -217,8 +227,9 @@ class GradientPredictor:
         return {
             "predictor": self.config.predictor,
             "parameters": self._shapes(),
-            "sums": {self.config.predictor: [self._whole(sums) for sums in self._sums]},
-            "residual": self._whole(self._residual) if self.config.correction else {},
+            "packed": self.config.history_dtype == "trits",
+            "sums": {self.config.predictor: [sums.state_dict() for sums in self._sums]},
+            "residual": self._residual.state_dict() if self.config.correction else {},
             "present": list(self._present),
             "weights": list(self._weights),
             "counts": [self.total_steps, self.num_recorded, self._last_step, self._gap],
@@ -241,12 +252,12 @@ class GradientPredictor:
             return False
         self.total_steps, self.num_recorded, self._last_step, self._gap = state["counts"]
         if self.num_recorded:  # else there are only zeros
-            self._allocate(self._parameters)
+            for buffer in self._buffers:
+                buffer.allocate(self._parameters)
             # one side may have a residual and the other none: `correction` need not be what it was
             saved_buffers = [*state["sums"][self.config.predictor], state["residual"]]
             for buffer, saved in zip(self._buffers, saved_buffers, strict=False):
-                for name, tensor in saved.items():
-                    buffer[name].copy_(tensor)
+                buffer.load_state_dict(saved)
         self._present = list(state["present"])
         self._weights = tuple(state["weights"])
         self.quality = PredictionQuality(*state["quality"]) if state["quality"] is not None else None
@@ -255,7 +266,7 @@ class GradientPredictor:
     # Parts
 
     @property
-    def _buffers(self) -> list[Gradients]:
+    def _buffers(self) -> list[Buffer]:
         """All that have the gradient's size."""
         return [*self._sums, self._residual] if self.config.correction else self._sums
 
@@ -269,6 +280,9 @@ class GradientPredictor:
                 f"the saved history is that of predictor {state['predictor']!r}, but the setting is "
                 f"{self.config.predictor!r}"
             )
+        if state["packed"] is not (self.config.history_dtype == "trits"):
+            kept = "in trits" if state["packed"] else "as floats"
+            return f"the saved history is kept {kept}, but history_dtype is {self.config.history_dtype!r}"
         there, here = dict(state["parameters"]), dict(self._shapes())
         for name in there | here:
             if there.get(name) != here.get(name):
@@ -277,10 +291,6 @@ class GradientPredictor:
                     f"{here.get(name, 'absent')} here"
                 )
         return None
-
-    def _whole(self, buffer: Gradients) -> Gradients:
-        """A copy, with zeros for parameters that it has not had yet."""
-        return {n: buffer[n].clone() if n in buffer else self._zeros(p) for n, p in self._parameters.items()}
 
     def _now(self, step: int | None) -> int:
         now = self.total_steps if step is None else step
@@ -310,12 +320,18 @@ class GradientPredictor:
         """One parameter's prediction, as a new tensor; None if it is not predicted."""
         if name not in self._present:
             return None
-        predicted = self._working(self._sums[0][name], name) * weights[0]
-        for sums, weight in zip(self._sums[1:], weights[1:], strict=True):
-            predicted.add_(sums[name], alpha=weight)
-        if corrected and name in self._residual:
-            predicted.add_(self._residual[name], alpha=self.config.correction)
-        return predicted
+        predicted = self._weighted([name], weights)
+        return (self.apply_correction(predicted) if corrected else predicted)[name]
+
+    def _weighted(self, names: list[str], weights: Sequence[float]) -> Gradients:
+        """The sums with these weights, as new tensors."""
+        if not names:
+            return {}
+        sums = [buffer.read(names) for buffer in self._sums]
+        predicted = torch._foreach_mul([self._working(sums[0][n], n) for n in names], weights[0])
+        for more, weight in zip(sums[1:], weights[1:], strict=True):
+            torch._foreach_add_(predicted, [more[n] for n in names], alpha=weight)
+        return dict(zip(names, predicted, strict=True))
 
     def _moments(self, gradient: Tensor | None, predicted: Tensor | None, name: str, scale: float) -> Tensor:
         """[g g, g p, p p] of one parameter. Shapes: (3,) float64."""
@@ -326,17 +342,6 @@ class GradientPredictor:
         gp = torch.dot(g, p) if g is not None and p is not None else zero
         pp = torch.dot(p, p) if p is not None else zero
         return torch.stack([gg / scale**2, gp / scale, pp]).double()
-
-    def _allocate(self, names: Iterable[str]) -> None:
-        for name in names:
-            for buffer in self._buffers:
-                if name not in buffer:
-                    buffer[name] = self._zeros(self._parameters[name])
-
-    def _zeros(self, parameter: Tensor) -> Tensor:
-        """As it is stored."""
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.zeros_like(parameter, dtype=torch.bfloat16 if self.config.history_dtype == "bfloat16" else wide)
 
     def _working(self, tensor: Tensor, name: str) -> Tensor:
         """In the precision that is calculated with."""
