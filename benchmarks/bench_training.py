@@ -7,8 +7,8 @@
 
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
-its best is at an end, then other momenta at the best; the other seeds run at the best of both. Every run is stored as
-it ends, and a benchmark that was stopped goes on where it was.
+its best is at an end, then other momenta at the best; the other seeds run at the best of both at which none diverges.
+Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
 import math
@@ -274,23 +274,29 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
         steps=suite.steps,
         world_size=suite.world_size,
     )
+
+    def value(tried: Record) -> float:
+        """Its score; infinite if any seed diverged with the same settings: no way to train."""
+        same = find(mine, lr=tried["lr"], momentum=tried["momentum"])
+        return math.inf if any(score(r) == math.inf for r in same) else score(tried)
+
     tried = find(mine, seed=SEEDS[0])
     rates = {round(2 * math.log2(r["lr"] / start)): r for r in find(tried, momentum=suite.momenta[0])}
     wanted = {-1, 0, 1} - rates.keys()
     if not wanted:
-        best = min(rates, key=lambda k: score(rates[k]))
+        best = min(rates, key=lambda k: value(rates[k]))
         wanted = {k for k in (best - 1, best + 1) if abs(k) <= 8} - rates.keys()
     if wanted:
         yield from (replace(trial, lr=start * 2 ** (k / 2)) for k in sorted(wanted))
         return
-    if score(rates[best]) == math.inf:
+    if value(rates[best]) == math.inf:
         return
     at_best = find(tried, lr=rates[best]["lr"])
     momenta = [m for m in suite.momenta if not find(at_best, momentum=m)]
     if momenta:
         yield from (replace(trial, lr=rates[best]["lr"], momentum=m) for m in momenta)
         return
-    chosen = {name: min(at_best, key=score)[name] for name in ("lr", "momentum")}
+    chosen = {name: min(at_best, key=value)[name] for name in ("lr", "momentum")}
     done = {r["seed"] for r in find(mine, **chosen)}
     yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in done)
 

@@ -196,6 +196,7 @@ FORWARD: dict[str, Any] = {"roll_back": False, "predictor": "linear"}
 METHODS: dict[str, tuple[PhaseConfig, Skip]] = {
     "plain": (PhaseConfig(predict_steps=0), predicted),
     **{f"gate, {name}": (PhaseConfig(predictor=name), predicted) for name in ("ema", "linear", "last", "momentum")},
+    "gate, ema, 2 full steps": (PhaseConfig(full_steps=2), predicted),
     "fixed, linear": (PhaseConfig(**FIXED), predicted),
     "fixed, ema": (PhaseConfig(**{**FIXED, "predictor": "ema"}), predicted),
     "fixed, repeat the last": (PhaseConfig(**{**FIXED, "predictor": "last"}), predicted),

@@ -135,6 +135,18 @@ def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> N
     assert len(runs) == 7 + 2 + len(SEEDS) - 1
 
 
+def test_settings_at_which_some_seed_diverges_are_not_taken() -> None:
+    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
+    runs: list[Record] = []
+    while planned := list(waiting(suite, "dense", runs)):
+        bad = [t.seed == 2 and t.lr > 0.15 for t in planned]
+        runs += [
+            {**vars(t), "heldout_loss": None if b else abs(math.log2(t.lr / 0.4))}
+            for t, b in zip(planned, bad, strict=True)
+        ]
+    assert {r["lr"] for r in bench_training.best_runs(suite, "dense", runs)} == {pytest.approx(0.1 * 2**0.5)}
+
+
 def test_a_method_that_always_diverges_is_given_up() -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
     runs: list[Record] = []
