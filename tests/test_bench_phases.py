@@ -100,6 +100,13 @@ def test_a_step_up_is_rolled_back_and_a_step_down_is_kept(sign: float) -> None:
         assert all(torch.equal(a, b) for a, b in zip(after, momentum, strict=True))
 
 
+def test_at_the_highest_rate_predicted_steps_are_undone_and_training_converges() -> None:
+    setting = {"task": "full batch", "optimizer": "sgd", "backwards": 60, "tuned": True, "lr": 0.2 * 2**0.5}
+    found = bench_phases.run(Trial(method="gate, ema", **setting))  # type: ignore[arg-type]
+    assert found["undone"] >= 1
+    assert found["heldout_loss"] < 0.5
+
+
 def told(trial: Trial, loss: float | None, cost: float = 0.0) -> Record:
     return {**vars(trial), "heldout_loss": loss, "cost": cost or 3.0 * trial.backwards}
 
