@@ -197,6 +197,7 @@ METHODS: dict[str, tuple[PhaseConfig, Skip]] = {
     "plain": (PhaseConfig(predict_steps=0), predicted),
     **{f"gate, {name}": (PhaseConfig(predictor=name), predicted) for name in ("ema", "linear", "last", "momentum")},
     "gate, ema, 2 full steps": (PhaseConfig(full_steps=2), predicted),
+    "gate, ema, 40 predicted": (PhaseConfig(predict_steps=40), predicted),
     "fixed, linear": (PhaseConfig(**FIXED), predicted),
     "fixed, ema": (PhaseConfig(**{**FIXED, "predictor": "ema"}), predicted),
     "fixed, repeat the last": (PhaseConfig(**{**FIXED, "predictor": "last"}), predicted),
