@@ -372,17 +372,19 @@ def test_a_predictor_goes_on_where_it_was_saved(method: str, dtype: Any) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_correction_need_not_be_that_of_now(method: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "trits"])
+def test_a_saved_correction_need_not_be_that_of_now(method: str, dtype: Any) -> None:
     for before, now in ((0.5, 0.0), (0.0, 0.5)):
-        predictor, other = make(method, correction=before), make(method, correction=now)
+        predictor, other = (make(method, correction=share, history_dtype=dtype) for share in (before, now))
         for seed in range(3):
             if seed:
                 predictor.compute_correction(random_gradient(seed))
             predictor.record_gradient(random_gradient(seed))
             other.record_gradient(random_gradient(seed))
-        resumed = make(method, correction=now)
+        resumed = make(method, correction=now, history_dtype=dtype)
         assert resumed.load_state_dict(predictor.state_dict())
         assert_same(resumed.predict_gradient(step=4), other.predict_gradient(step=4))  # no residual yet
+        resumed.compute_correction(random_gradient(5), step=5)
 
 
 def structure(value: Any) -> Any:

@@ -37,7 +37,7 @@ class Buffer(Protocol):
         """Copies; of all parameters, with zeros for those that it has not had."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` told of a buffer of the same kind."""
+        """Take what `state_dict` told of a buffer of the same kind; zeros for what is not in it."""
 
 
 def make_buffer(label: str, parameters: Mapping[str, Tensor], dtype: HistoryDtype) -> Buffer:
@@ -122,6 +122,7 @@ class TritBuffer:
         for name, saved in state.items():
             self._kept[name] = self._empty(name)
             self._kept[name].load_state_dict(saved)
+        self.allocate(self._parameters)
 
     def _zeros(self, name: str) -> Tensor:
         return torch.zeros_like(self._parameters[name], dtype=torch.float32)

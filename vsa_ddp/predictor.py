@@ -252,8 +252,6 @@ class GradientPredictor:
             return False
         self.total_steps, self.num_recorded, self._last_step, self._gap = state["counts"]
         if self.num_recorded:  # else there are only zeros
-            for buffer in self._buffers:
-                buffer.allocate(self._parameters)
             # one side may have a residual and the other none: `correction` need not be what it was
             saved_buffers = [*state["sums"][self.config.predictor], state["residual"]]
             for buffer, saved in zip(self._buffers, saved_buffers, strict=False):
