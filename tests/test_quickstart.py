@@ -54,8 +54,8 @@ def test_help_names_every_option(command: Callable[..., Shown]) -> None:
 @pytest.mark.timeout(300)
 def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     # the defaults are run by CI, as the README's command
-    options = ["--ranks", "1", "--compression", "320", "--seed", "1", "--phases", "--out", str(tmp_path)]
-    arguments = [sys.executable, "-m", "launch.quickstart", "--steps", "24", *options]
+    options = ["--ranks", "1", "--compression", "320", "--optimizer", "sgd", "--seed", "1", "--phases"]
+    arguments = [sys.executable, "-m", "launch.quickstart", "--steps", "24", *options, "--out", str(tmp_path)]
     outcome = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert outcome.returncode == 0, outcome.stderr
     check(tmp_path / "quickstart.json")
@@ -64,7 +64,7 @@ def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "quickstart.json").read_text())
     config, methods, stats = report["config"], report["methods"], report["phases"]
     assert 400_000 <= config["num_parameters"] <= 1_000_000
-    assert (config["ranks"], config["compression"], config["seed"]) == (1, 320, 1)
+    assert (config["ranks"], config["compression"], config["optimizer"], config["seed"]) == (1, 320, "sgd", 1)
     assert stats["backwards"] == 24
     assert stats["steps"] == 24 + stats["skipped"]
     assert f"24 backward passes in {stats['steps']} steps" in outcome.stdout

@@ -247,7 +247,9 @@ def plain_or_phased(rank: int, world_size: int, settings: dict[str, Any] | None,
 
 
 @pytest.mark.parametrize("hook", [False, True])
-@pytest.mark.parametrize("settings", [{"predict_steps": 0}, {"min_slope": 1e9, "warmup_steps": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"predict_steps": 0}, {"min_slope": 1e9, "warmup_steps": 3}, {"warmup_steps": 12}]
+)
 def test_no_predicted_steps_is_plain_training_bit_for_bit(tmp_path: Path, settings: dict[str, Any], hook: bool) -> None:
     plain = run_ranks(plain_or_phased, 2, tmp_path, None, hook)
     phased = run_ranks(plain_or_phased, 2, tmp_path, settings, hook)
