@@ -105,15 +105,15 @@ _FEWER = (
     "alone",
 )
 SUITES = {
-    "adamw-char": Suite(task="transformer", optimizer="adamw", steps=2000, base_lr=8e-3, momenta=(0.9, 0.8)),
-    "adamw-char-short": Suite(task="transformer", optimizer="adamw", steps=400, base_lr=4e-3),
-    "sgd-char": Suite(task="transformer", optimizer="sgd", steps=400, base_lr=0.1),
+    "adamw-char": Suite(task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8)),
+    "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3),
+    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.1),
     "sgd-digits": Suite(task="digits", optimizer="sgd", steps=300, base_lr=0.05),
     "adamw-digits": Suite(task="digits", optimizer="adamw", steps=300, base_lr=2e-3),
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3),
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=200, base_lr=4e-3, methods=_FEWER),
     "adamw-char-16": Suite(
-        task="transformer", optimizer="adamw", steps=400, base_lr=4e-3, world_size=16, methods=_FEWER
+        task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3, world_size=16, methods=_FEWER
     ),
 }
 
