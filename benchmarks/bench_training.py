@@ -46,6 +46,7 @@ METHODS = (
     *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
     *(f"sparsity {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
+    *(f"demo {count}" for count in (8, 32, 128)),
     "terngrad",
     "drive",
     "ef-sign",
@@ -53,7 +54,7 @@ METHODS = (
     *(f"local {period}" for period in (20, 80, 320, 1280)),
     "alone",
 )
-"""With their bundle, sparsity, rank or steps between averages. "alone": no communication at all."""
+"""With their bundle, sparsity, rank, coefficients or steps between averages. "alone": no communication at all."""
 OURS = ("bundle", "sparsity")
 
 
@@ -82,7 +83,7 @@ class Suite:
     base_lr: float
     """Where the search begins: times two to the halves."""
     momenta: tuple[float, ...] = (0.9,)
-    """Learning rates are searched at the first."""
+    """Learning rates are searched at the first; each other is tried if the one before it was the best yet."""
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
 
@@ -105,7 +106,9 @@ _FEWER = (
     "alone",
 )
 SUITES = {
-    "adamw-char": Suite(task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8)),
+    "adamw-char": Suite(
+        task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
+    ),
     "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3),
     "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.1),
     "sgd-digits": Suite(task="digits", optimizer="sgd", steps=300, base_lr=0.05),
@@ -133,6 +136,8 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
+    if name == "demo":
+        return rivals.DeMo(shapes, trial.seed, int(number))
     kinds = {
         "dense": rivals.Dense,
         "bf16": rivals.Bf16,
@@ -175,7 +180,10 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     model = task.model()
     parameters = list(model.parameters())
     averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
-    optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
+    if isinstance(averager, rivals.DeMo):
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, trial.lr)
+    else:
+        optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))
     orders = rank_orders(trial)
     gradient_WN = torch.empty(trial.world_size, sum(p.numel() for p in parameters))
@@ -253,16 +261,17 @@ def score(run: Record) -> float:
 
 
 def start_lr(suite: Suite, method: str) -> float:
-    """The square-root rule for ours with AdamW; the dense rate for all others."""
+    """The square-root rule for ours with AdamW, a quarter for signs; the dense rate for all others."""
     name, _, number = method.partition(" ")
     if name in OURS and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**{name: int(number)})
-    return suite.base_lr
+    return suite.base_lr / 4 if name == "demo" else suite.base_lr
 
 
 def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     """What can be run now, one search after the other: learning rates at the first momentum with the first seed, and
-    more of them while the best is at an end; at the best one the other momenta; at the best of all the other seeds."""
+    more of them while the best is at an end; at the best one the other momenta, one after the other while that helps;
+    at the best of all the other seeds."""
     mine = find(suite.among(runs), method=method)
     start = start_lr(suite, method)
     trial = Trial(
@@ -292,13 +301,14 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     if value(rates[best]) == math.inf:
         return
     at_best = find(tried, lr=rates[best]["lr"])
-    momenta = [m for m in suite.momenta if not find(at_best, momentum=m)]
-    if momenta:
-        yield from (replace(trial, lr=rates[best]["lr"], momentum=m) for m in momenta)
-        return
     chosen = {name: min(at_best, key=value)[name] for name in ("lr", "momentum")}
-    done = {r["seed"] for r in find(mine, **chosen)}
-    yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in done)
+    momenta = () if method.startswith("demo") else suite.momenta
+    done = [m for m in momenta if find(at_best, momentum=m)]
+    if len(done) < len(momenta) and chosen["momentum"] == done[-1]:
+        yield replace(trial, lr=chosen["lr"], momentum=momenta[len(done)])
+        return
+    seeds = {r["seed"] for r in find(mine, **chosen)}
+    yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in seeds)
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:

@@ -159,6 +159,39 @@ class TopK(_ErrorFeedback):
         return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index)).view_as(wanted_WRC)
 
 
+class DeMo(_Rival):
+    """An optimizer rather than a hook: signs, for plain SGD to step by. Each rank's momentum, which decays by .999,
+    keeps all but the k largest of 64 x 64 cosine coefficients of every tile. An index takes 12 bits, a value 16.
+    Source: Peng et al. 2024, arXiv:2411.19870."""
+
+    tile, decay = 64, 0.999
+
+    def __init__(self, shapes: Shapes, seed: int = 0, count: int = 32) -> None:
+        super().__init__(shapes, seed)
+        self._count = count
+        self._momentum: dict[str, Tensor] = {}
+        n = torch.arange(self.tile, dtype=torch.float64)
+        self._cosines = (torch.cos(math.pi / self.tile * (n + 0.5) * n[:, None]) * (2 / self.tile) ** 0.5).float()
+        self._cosines[0] /= 2**0.5
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        return super().average(gradient_WN).sign_()
+
+    def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
+        w, rows, cols = g_WRC.shape
+        down, across, t = -(-rows // self.tile), -(-cols // self.tile), self.tile
+        padded = torch.nn.functional.pad(g_WRC, (0, across * t - cols, 0, down * t - rows))
+        momentum = self._momentum.setdefault(name, torch.zeros_like(padded)).mul_(self.decay).add_(padded)
+        tiles = momentum.view(w, down, t, across, t).transpose(2, 3)
+        spectrum = (self._cosines @ tiles @ self._cosines.T).flatten(3)
+        index = spectrum.abs().topk(self._count).indices
+        sent = torch.zeros_like(spectrum).scatter_(3, index, spectrum.gather(3, index)).view(tiles.shape)
+        self.sent_bytes += 3.5 * self._count * down * across
+        sent = (self._cosines.T @ sent @ self._cosines).transpose(2, 3).reshape(padded.shape)
+        momentum -= sent
+        return sent.mean(0)[:rows, :cols]
+
+
 class RotatedSign(_Rival):
     """One bit after a random rotation in blocks of 1024, at the unbiased scale. Source: DRIVE, Vargaftik et al. 2021,
     arXiv:2105.08339."""

@@ -104,6 +104,21 @@ def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> No
     torch.testing.assert_close(total[: 64 * 48] + kept, 10 * gradient_WN.mean(0)[: 64 * 48], rtol=1e-3, atol=1e-3)
 
 
+def test_demo_keeps_in_its_momentum_what_it_does_not_send() -> None:
+    g_WRC = torch.randn(3, 97, 128)
+    everything = rivals.DeMo(MATRIX, count=64 * 64)
+    torch.testing.assert_close(everything.average_matrix("weight", g_WRC), g_WRC.mean(0), rtol=1e-4, atol=1e-5)
+    assert everything._momentum["weight"].abs().max() < 1e-5
+    assert rivals.DeMo(MATRIX).average(constant(MATRIX)).unique().tolist() == [-1.0, 1.0]
+
+    some, wanted = rivals.DeMo(MATRIX, count=32), torch.zeros(97, 128)
+    for _ in range(5):
+        wanted = wanted * 0.999 + g_WRC.mean(0)
+        wanted -= some.average_matrix("weight", g_WRC)
+    torch.testing.assert_close(some._momentum["weight"].mean(0)[:97], wanted, rtol=1e-4, atol=1e-5)
+    assert some.sent_bytes == 5 * 2 * 2 * 32 * 3.5
+
+
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("code", [{}, {"compression": 320}, {"bundle": 3}])
 def test_what_arrives_has_the_noise_and_the_bytes_that_the_settings_mean(wire: Any, code: dict[str, Any]) -> None:
@@ -124,7 +139,7 @@ def test_what_arrives_has_the_noise_and_the_bytes_that_the_settings_mean(wire: A
 
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:
-    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1, momenta=(0.9, 0.8, 0.7))
+    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1, momenta=(0.9, 0.8, 0.7, 0.5))
     runs: list[Record] = []
     while planned := list(waiting(suite, "dense", runs)):
         runs += [{**vars(t), "heldout_loss": abs(math.log2(t.lr / 0.4)) + abs(t.momentum - 0.8)} for t in planned]
