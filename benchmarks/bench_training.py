@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 import typer
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from benchmarks import rivals
@@ -52,10 +53,12 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (20, 80, 320, 1280)),
+    *(f"vsa-local {period}" for period in (5, 20, 80)),
     "alone",
 )
-"""With their bundle, sparsity, rank, coefficients or steps between averages. "alone": no communication at all."""
-OURS = ("bundle", "sparsity")
+"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by the
+default code. "alone": no communication at all."""
+OURS = ("bundle", "sparsity", "vsa-local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,10 @@ def family(trial: Trial) -> dict[str, Any]:
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, _, number = trial.method.partition(" ")
+    if name == "local":
+        return rivals.Dense(shapes, trial.seed)
+    if name == "vsa-local":
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed))
     if name in OURS:
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
@@ -152,7 +159,7 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
 def period(method: str) -> int | None:
     """Steps between averages of the weights; None for methods that average gradients."""
     name, _, number = method.partition(" ")
-    return {"local": int(number or 0), "alone": 0}.get(name)
+    return int(number or 0) if name in ("local", "vsa-local", "alone") else None
 
 
 def run(trial: Trial) -> Record:
@@ -208,7 +215,7 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
 
 
 def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
-    """A model for each rank; weights are averaged every so many steps and at the end, or never."""
+    """A model for each rank; by what they changed is averaged every so many steps and at the end, or never."""
     task, every = TASKS[trial.task], period(trial.method)
     models, optimizers, schedulers = [], [], []
     for _ in range(trial.world_size):
@@ -217,7 +224,11 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
         optimizers.append(make_optimizer(models[-1], trial.optimizer, trial.lr, trial.momentum))
         rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
         schedulers.append(rate)
-    orders, losses, sent_bytes = rank_orders(trial), [], 0.0
+    shapes = tuple((name, tuple(p.shape)) for name, p in models[0].named_parameters())
+    averager = make_averager(trial, shapes) if every else None
+    common_N = parameters_to_vector(models[0].parameters()).detach()
+    orders: list[torch.Generator] = rank_orders(trial)
+    losses: list[float] = []
     for step in range(1, trial.steps + 1):
         total = 0.0
         for model, optimizer, scheduler, order in zip(models, optimizers, schedulers, orders, strict=True):
@@ -230,19 +241,12 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
         losses.append(total)
         if diverged(losses):
             break
-        if every and (step % every == 0 or step == trial.steps):
-            sent_bytes += 4 * average_weights(models)
-    return losses, sent_bytes, models
-
-
-@torch.no_grad()
-def average_weights(models: list[nn.Module]) -> int:
-    """Give all models the mean of their weights. Returns how many there are."""
-    for copies in zip(*(model.parameters() for model in models), strict=True):
-        mean = torch.stack(copies).mean(0)
-        for p in copies:
-            p.copy_(mean)
-    return sum(p.numel() for p in models[0].parameters())
+        if averager and (step % every == 0 or step == trial.steps):
+            changes_WN = torch.stack([common_N - parameters_to_vector(m.parameters()).detach() for m in models])
+            common_N = common_N - averager.average(changes_WN)
+            for model in models:
+                vector_to_parameters(common_N.clone(), model.parameters())
+    return losses, averager.sent_bytes if averager else 0.0, models
 
 
 def rank_orders(trial: Trial) -> list[torch.Generator]:
@@ -261,11 +265,12 @@ def score(run: Record) -> float:
 
 
 def start_lr(suite: Suite, method: str) -> float:
-    """The square-root rule for ours with AdamW, a quarter for signs; the dense rate for all others."""
+    """The square-root rule for ours with AdamW, a quarter for signs, half for ranks that step alone; the dense rate for
+    all others."""
     name, _, number = method.partition(" ")
-    if name in OURS and suite.optimizer == "adamw":
+    if name in ("bundle", "sparsity") and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**{name: int(number)})
-    return suite.base_lr / 4 if name == "demo" else suite.base_lr
+    return suite.base_lr * {"demo": 0.25, "local": 0.5, "vsa-local": 0.5, "alone": 0.5}.get(name, 1.0)
 
 
 def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
