@@ -36,6 +36,7 @@ ORDER = [
     "state",
     "hook",
     "register",
+    "averager",
     "history",
     "predictor",
     "local_phases",
@@ -44,7 +45,18 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-MAY_COMMUNICATE = {"wires", "probe", "__main__", "agreement", "names", "state", "hook", "register", "trainer"}
+MAY_COMMUNICATE = {
+    "wires",
+    "probe",
+    "__main__",
+    "agreement",
+    "names",
+    "state",
+    "hook",
+    "register",
+    "averager",
+    "trainer",
+}
 
 
 def rooms() -> list[tuple[str, Path]]:

@@ -2,6 +2,7 @@
 
 from vsa_ddp.accumulate import TernaryGradientAccumulator, calculate_memory_savings
 from vsa_ddp.archive import CompressedGradients
+from vsa_ddp.averager import VsaModelAverager
 from vsa_ddp.compressor import CompressorStats, VSAGradientCompressor
 from vsa_ddp.config import PhaseConfig, VsaConfig
 from vsa_ddp.cost import Advice, advise
@@ -40,6 +41,7 @@ __all__ = [
     "TernaryOptimizerWrapper",
     "VSAGradientCompressor",
     "VsaConfig",
+    "VsaModelAverager",
     "VsaState",
     "__version__",
     "advise",

@@ -1,0 +1,203 @@
+"""Local steps: what the ranks changed is averaged by the hook's own data flow, the same bits on all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import vsa_ddp
+from benchmarks.lockstep import LockstepHook
+from tests.models import digest, loss_of, net
+from tests.ranks import run_ranks
+from vsa_ddp import VsaConfig, VsaModelAverager, averager
+
+PERIOD = 3
+
+
+def make(model: torch.nn.Module, **settings: Any) -> tuple[torch.optim.Optimizer, VsaModelAverager]:
+    return torch.optim.AdamW(model.parameters(), 1e-2), VsaModelAverager(model, PERIOD, **settings)
+
+
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: VsaModelAverager, rank: int, steps: range
+) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        average.average_parameters()
+
+
+def in_small_buckets(rank: int, world_size: int, bucket_bytes: int) -> tuple[torch.Tensor, Any]:
+    averager._BUCKET_BYTES = bucket_bytes
+    model = net()
+    optimizer, average = make(model)
+    train(model, optimizer, average, rank, range(4 * PERIOD))
+    return parameters_to_vector(model.parameters()).detach(), average.compression_stats()
+
+
+@pytest.mark.parametrize("bucket_bytes", [averager._BUCKET_BYTES, 1])
+def test_the_averages_have_the_bits_of_ranks_that_take_turns(tmp_path: Path, bucket_bytes: int) -> None:
+    (mine_N, stats), (theirs_N, _) = run_ranks(in_small_buckets, 2, tmp_path, bucket_bytes)
+    assert torch.equal(mine_N, theirs_N)
+
+    models = [net(), net()]
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in models]
+    named = models[0].named_parameters()
+    hook = LockstepHook(tuple((name, tuple(p.shape)) for name, p in named), VsaConfig())  # type: ignore[arg-type]
+    common_N = parameters_to_vector(models[0].parameters()).detach()
+    for step in range(4 * PERIOD):
+        for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            optimizer.zero_grad()
+            loss_of(model, step, rank).backward()
+            optimizer.step()
+        if (step + 1) % PERIOD == 0:
+            apart = [common_N - parameters_to_vector(m.parameters()).detach() for m in models]
+            common_N = common_N - hook.average(torch.stack(apart))
+            for model in models:
+                vector_to_parameters(common_N.clone(), model.parameters())
+    assert torch.equal(mine_N, common_N)
+    assert stats.dense_bytes == 4 * PERIOD * mine_N.nbytes
+    assert stats.steps == 4
+    if bucket_bytes > 1:  # each packet has its padding and its seal
+        assert stats.wire_bytes == hook.sent_bytes
+
+
+def by_the_dense_wire(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Parameters after a warm-up by DDP; each rank's before an average; after it."""
+    model = DDP(net())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    average = VsaModelAverager(model, PERIOD, warmup_steps=2, wire="dense")
+    train(model, optimizer, average, rank, range(2))
+    warm_N = parameters_to_vector(model.parameters()).detach().clone()
+    with model.no_sync():
+        train(model, optimizer, average, rank, range(2, 2 + PERIOD - 1))
+        before_N = parameters_to_vector(model.parameters()).detach().clone()
+        average.synchronize()
+        after_N = parameters_to_vector(model.parameters()).detach().clone()
+        average.synchronize()  # nothing happened since
+    assert torch.equal(after_N, parameters_to_vector(model.parameters()))
+    assert average.compression_stats().steps == 1
+    return warm_N, before_N, after_N
+
+
+def test_without_compression_it_is_the_mean_of_the_models_after_ddps_warm_up(tmp_path: Path) -> None:
+    warm, before, after = zip(*run_ranks(by_the_dense_wire, 3, tmp_path), strict=True)
+    assert torch.equal(warm[0], warm[1])
+    assert not torch.equal(before[0], before[1])
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], after[2])
+    torch.testing.assert_close(after[0], torch.stack(before).mean(0))
+
+
+def resumed(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
+    file = folder / f"{rank}.pt"
+    model = net()
+    optimizer, average = make(model, compression=20)
+    train(model, optimizer, average, rank, range(2 * PERIOD + 1))
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
+    torch.save(parts, file)
+    train(model, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
+
+    again = net()
+    optimizer, average = make(again, compression=20)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    average.load_state_dict(saved["average"])
+    train(again, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
+    with pytest.raises(ValueError, match="it has no common, state, steps_apart"):
+        average.load_state_dict({"step": 3})
+    return digest(model.parameters()), digest(again.parameters())
+
+
+def test_a_run_that_goes_on_between_two_averages_has_the_bits_of_one_without_a_break(tmp_path: Path) -> None:
+    digests = {each for pair in run_ranks(resumed, 2, tmp_path, tmp_path) for each in pair}
+    assert len(digests) == 1
+
+
+def by_torchs_optimizer(rank: int, world_size: int) -> list[str]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64).bfloat16())
+    model[0].weight.requires_grad_(False)
+    average = VsaModelAverager(model, 2)
+    optimizer = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), 0.1), average)
+    found = []
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        model[1](model[0](torch.randn(8, 64, generator=generator)).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        found.append(digest(model.parameters()))
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is none of the model's"):
+        average.average_parameters([torch.nn.Parameter(torch.zeros(3))])
+    return found
+
+
+def test_torchs_optimizer_for_local_steps_takes_it_with_several_dtypes(tmp_path: Path) -> None:
+    mine, theirs = run_ranks(by_torchs_optimizer, 2, tmp_path)
+    assert [a == b for a, b in zip(mine, theirs, strict=True)] == [False, True] * 3
+    assert len(set(mine)) == 6
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for make_it in (
+        lambda: VsaModelAverager(net(seed=rank)),
+        lambda: VsaModelAverager(net(), 10 + rank),
+        lambda: VsaModelAverager(net(), 0),
+        lambda: VsaModelAverager(net(), warmup_steps=-1),
+        lambda: VsaModelAverager(net(), bundles=2),
+        lambda: VsaModelAverager(net().requires_grad_(False)),
+    ):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011  # the messages are compared below
+            make_it()
+        messages.append(str(raised.value))
+    dist.barrier()
+    return messages
+
+
+def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
+    for messages in run_ranks(refused, 2, tmp_path):
+        for message, part in zip(
+            messages,
+            (
+                "parameters at the start: conv.weight (rank 0: ",
+                "period (rank 0: 10, rank 1: 11)",
+                "period must be an int of at least 1, got 0",
+                "warmup_steps must be an int of at least 0, got -1",
+                "unknown setting bundles",
+                "no parameter that requires a gradient",
+            ),
+            strict=True,
+        ):
+            assert part in message
+
+
+def learns(rank: int, world_size: int) -> tuple[float, float, vsa_ddp.CompressionStats]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    average = VsaModelAverager(model, 10)
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    y = x[:, :10].argmax(1)
+    share = slice(rank * 256, rank * 256 + 256)  # each rank sees its own half alone
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[share]), y[share]).backward()
+        optimizer.step()
+        average.average_parameters()
+    losses = [torch.nn.functional.cross_entropy(model(x[i : i + 256]), y[i : i + 256]).item() for i in (0, 256)]
+    return losses[rank], losses[1 - rank], average.compression_stats()
+
+
+def test_ranks_learn_from_what_only_others_see(tmp_path: Path) -> None:
+    for own, other, stats in run_ranks(learns, 2, tmp_path):
+        assert own == pytest.approx(other, rel=0.3)
+        assert max(own, other) < 0.3
+        assert stats.compression > 70  # one of ten rounds is exact, which alone makes it less than 100

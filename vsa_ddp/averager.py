@@ -1,0 +1,228 @@
+"""Local steps: every rank trains by itself, and every so many steps what they changed is averaged, compressed.
+
+parameters at the last average -- minus the parameters now --> the hook's whole data flow --> subtracted on every rank
+
+Gradients need no all-reduce then. What is averaged is sent as the hook sends gradients, so the bytes fall by the period
+times the compression.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+from torch.nn.parallel import DistributedDataParallel
+
+from vsa_ddp.agreement import check_agreement, digest, fingerprint
+from vsa_ddp.config import VsaConfig
+from vsa_ddp.hook import vsa_hook
+from vsa_ddp.names import averaged_parameters, describe
+from vsa_ddp.state import VsaState
+from vsa_ddp.stats import CompressionStats
+from vsa_ddp.version import __version__
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+class _Bucket:
+    """Changes of some parameters, as DDP would show gradients to a hook."""
+
+    def __init__(self, index: int, is_last: bool, common: list[Tensor], parameters: list[Tensor]) -> None:
+        self._index = index
+        self._is_last = is_last
+        self._common = common
+        self._parameters = parameters
+        self._change_N = torch.empty(0)
+
+    def index(self) -> int:
+        return self._index
+
+    def is_last(self) -> bool:
+        return self._is_last
+
+    def buffer(self) -> Tensor:
+        return self._change_N
+
+    def parameters(self) -> list[Tensor]:
+        return self._common
+
+    def begin(self) -> None:
+        """Look at how far this rank went."""
+        pairs = zip(self._common, self._parameters, strict=True)
+        self._change_N = torch.cat([(common - p).flatten() for common, p in pairs])
+
+    def finish(self) -> None:
+        """Go on from where the ranks' mean change leads to."""
+        start = 0
+        for common, p in zip(self._common, self._parameters, strict=True):
+            p.copy_(common.sub_(self._change_N[start : start + p.numel()].view_as(common)))
+            start += p.numel()
+        self._change_N = torch.empty(0)
+
+
+class VsaModelAverager(ModelAverager):
+    """Averages the ranks' models every `period` steps, in place of their gradients in each.
+
+        averager = vsa_ddp.VsaModelAverager(model, period=20)
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            averager.average_parameters()
+        averager.synchronize()
+
+    The model is a plain one, or a DDP model whose backward runs inside `no_sync()` or with torch's
+    `post_localSGD_hook`: gradients stay on their rank. With Adam-like optimizers a learning rate of about half the one
+    for averaged gradients suits, since each rank steps by the gradient of its own batch. Optimizer states and buffers
+    stay each rank's own. All ranks call `average_parameters` after every step, also those whose step was skipped.
+
+    Args:
+        model: the same on every rank, from the same parameters on.
+        period: steps between two averages.
+        warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts; as torch's
+            `PostLocalSGDState(start_localSGD_iter=...)`.
+        process_group: the ranks; None for all.
+        settings: fields of `VsaConfig`, `compression=20` for example. Its steps are rounds of averaging here: the first
+            is exact, and every `check_interval` rounds the last average is compared between the ranks.
+
+    It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
+    the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
+    Basu et al. 2019, arXiv:1906.02367.
+
+    Making one is collective over the group, and blocks. Raises, on every rank: ValueError for an impossible setting, or
+    if settings or parameters differ between ranks.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        period: int = 20,
+        *,
+        warmup_steps: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        **settings: Any,
+    ) -> None:
+        for name, value, least in (("period", period, 1), ("warmup_steps", warmup_steps, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+        super().__init__(process_group)
+        self.period = period
+        self.warmup_steps = warmup_steps
+        self._state = VsaState(process_group, VsaConfig.from_settings(settings))
+        self._parameters = dict(_trained(model))
+        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__}
+        shapes = {"parameter": describe(self._parameters.items())}
+        values = {"parameters at the start:": {n: digest(fingerprint([p])) for n, p in self._parameters.items()}}
+        check_agreement({**mine, **shapes, **values}, self.process_group)
+        self._common = {name: p.detach().clone().requires_grad_() for name, p in self._parameters.items()}
+        self._state.name_parameters(self._common.items())  # type: ignore[arg-type]
+        self._buckets = _fill_buckets(self._common, self._parameters)
+        self._num_bytes = sum(p.nbytes for p in self._parameters.values())
+        self._num_elements = sum(p.numel() for p in self._parameters.values())
+        self._steps_apart = 0
+
+    def __repr__(self) -> str:
+        return f"VsaModelAverager(step={self.step}, period={self.period}, state={self._state})"
+
+    @torch.no_grad()
+    def average_parameters(self, params: Iterable[Any] | None = None) -> None:
+        """Count a step, and average if it is the last of a period. After every optimizer step, on all ranks alike.
+
+        Args:
+            params: not needed; parameters or param_groups, as torch's averagers get them.
+
+        Raises: ValueError if `params` has one that the model does not train.
+        """
+        self._check(params)
+        self.step += 1
+        if self.step <= self.warmup_steps:
+            if self.step == self.warmup_steps:
+                for name, common in self._common.items():
+                    common.copy_(self._parameters[name])
+            return
+        self._steps_apart += 1
+        if (self.step - self.warmup_steps) % self.period == 0:
+            self.synchronize()
+        else:
+            self._state.count_local_step(self._num_bytes, self._num_elements)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Average now, if there was a step since the last average: before an evaluation, and after the last step."""
+        if not self._steps_apart:
+            return
+        self._steps_apart = 0
+        futures = []
+        for bucket in self._buckets:
+            bucket.begin()
+            futures.append(vsa_hook(self._state, bucket))
+        for bucket, future in zip(self._buckets, futures, strict=True):
+            future.wait()
+            bucket.finish()
+
+    def compression_stats(self) -> CompressionStats:
+        """Bytes so far, against those of a gradient in every step after the warm-up; `steps` are rounds."""
+        return self._state.compression_stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loads with `torch.load(..., weights_only=True)`. Every rank saves its optimizer, and between two averages its
+        model and this too."""
+        common = {name: t.detach().clone() for name, t in self._common.items()}
+        counts = {"step": self.step, "steps_apart": self._steps_apart}
+        return {**counts, "common": common, "state": self._state.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where `saved` was. Into a new averager, on every rank alike; the models are loaded after it was made.
+
+        Raises: ValueError if it is no such state, belongs to another model, or this averager was used.
+        """
+        if absent := sorted({"step", "steps_apart", "common", "state"} - saved.keys()):
+            raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
+        self._state.load_state_dict(saved["state"])
+        self.step, self._steps_apart = saved["step"], saved["steps_apart"]
+        for name, common in self._common.items():
+            common.copy_(saved["common"][name])
+
+    def _check(self, params: Iterable[Any] | None) -> None:
+        """Raises: ValueError for parameters that are not the model's."""
+        known = {id(p) for p in self._parameters.values()}
+        for entry in params or ():
+            for p in entry["params"] if isinstance(entry, dict) else (entry,):
+                if p.requires_grad and id(p) not in known:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} is none of the model's; make the averager with the "
+                        "model that is trained."
+                    )
+
+
+def _trained(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters to average, by name."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, DistributedDataParallel):
+        named = averaged_parameters(model)
+    else:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("the model has no parameter that requires a gradient, so there is nothing to average.")
+    return [(name.replace("_orig_mod.", ""), p) for name, p in named]
+
+
+def _fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[_Bucket]:
+    """Up to 25 MiB each, of one dtype and device, in the model's order."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, p in parameters.items():
+        before = parameters[groups[-1][0]] if groups else None
+        if before is None or room < p.nbytes or (before.dtype, before.device) != (p.dtype, p.device):
+            groups.append([])
+            room = _BUCKET_BYTES
+        groups[-1].append(name)
+        room -= p.nbytes
+    last = len(groups) - 1
+    return [
+        _Bucket(i, i == last, [common[n] for n in names], [parameters[n] for n in names])
+        for i, names in enumerate(groups)
+    ]
