@@ -1,4 +1,4 @@
-"""The hook on CUDA: right gradients, no host synchronisation. Runs where there is a GPU.
+"""The hook on CUDA: right gradients, no host synchronisation; and averages of models. Runs where there is a GPU.
 
 One GPU: NCCL at world size 1, and gloo between two ranks that share it. NCCL between GPUs needs two of them.
 """
@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from tests.models import batch, gradients, net
+from tests.models import batch, digest, gradients, net
 from tests.ranks import run_ranks
 from vsa_ddp.wires import WIRES
 
@@ -100,3 +100,30 @@ def test_triton_has_the_bits_of_torch_under_ddp(
     tmp_path: Path, dtype: torch.dtype, code: dict[str, int], wire: str, backend: str
 ) -> None:
     assert run_ranks(parameters_that_differ, 1, tmp_path, dtype, wire, code, backend=backend) == [[]]
+
+
+def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
+    """Of the parameters after local steps; the first and the last loss."""
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    model = net().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    average = vsa_ddp.VsaModelAverager(model, 3)
+    x, target = (t.cuda() for t in batch(0, rank))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        average.average_parameters()
+    return digest(p.cpu() for p in model.parameters()), losses[0], losses[-1]
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("nccl", 1), ("nccl", 2), ("gloo", 2)])
+def test_models_are_averaged_on_cuda(tmp_path: Path, backend: str, world_size: int) -> None:
+    if backend == "nccl" and world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} CUDA devices")
+    ranks = run_ranks(average_on_cuda, world_size, tmp_path, backend=backend)
+    assert len({parameters for parameters, _, _ in ranks}) == 1
+    assert all(last < first for _, first, last in ranks)
