@@ -53,11 +53,11 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (20, 80, 320, 1280)),
-    *(f"vsa-local {period}" for period in (5, 20, 80)),
+    *(f"vsa-local {period}{code}" for period in (5, 20, 80) for code in ("", ", n=64")),
     "alone",
 )
-"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by the
-default code. "alone": no communication at all."""
+"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses, by the
+default code or the sparsity n. "alone": no communication at all."""
 OURS = ("bundle", "sparsity", "vsa-local")
 
 
@@ -137,7 +137,8 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed))
+        _, _, sparsity = number.partition(", n=")
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, **({"sparsity": int(sparsity)} if sparsity else {})))
     if name in OURS:
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
@@ -159,7 +160,7 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
 def period(method: str) -> int | None:
     """Steps between averages of the weights; None for methods that average gradients."""
     name, _, number = method.partition(" ")
-    return int(number or 0) if name in ("local", "vsa-local", "alone") else None
+    return int(number.partition(",")[0] or 0) if name in ("local", "vsa-local", "alone") else None
 
 
 def run(trial: Trial) -> Record:
