@@ -53,7 +53,7 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (20, 80, 320, 1280)),
-    *(f"vsa-local {period}{code}" for period in (5, 20, 80) for code in ("", ", n=64")),
+    *(f"vsa-local {period}{code}" for period in (1, 5, 20, 80) for code in ("", ", n=64")),
     "alone",
 )
 """With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses, by the
