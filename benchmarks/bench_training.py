@@ -333,6 +333,37 @@ def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
     return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
 
 
+def label(method: str) -> str:
+    """A method in words that need no page."""
+    name, _, number = method.partition(" ")
+    every, _, sparsity = number.partition(", n=")
+    return {
+        "dense": "plain DDP",
+        "sparsity": f"`register`, n={number}",
+        "bundle": f"`register`, B={number}",
+        "vsa-local": f"`VsaModelAverager`, period {every}, n={sparsity or VsaConfig().sparsity}",
+        "powersgd": f"PowerSGD {number}",
+        "demo": f"DeMo, {number} coefficients",
+        "local": f"local SGD, period {number}",
+        "alone": "no communication",
+    }.get(name, method)
+
+
+def summary(results: Results) -> str:
+    """The README's table: the long suite's methods that ran with all seeds, by the bytes they save."""
+    suite = SUITES["adamw-char"]
+    found = {method: best_runs(suite, method, results["runs"]) for method in suite.methods}
+    complete = {method: runs for method, runs in found.items() if len(runs) >= len(SEEDS)}
+    dense = statistics.mean(map(score, complete["dense"]))
+    lines = ["| | compression | held-out loss (range) | against plain DDP |", "|---|---|---|---|"]
+    for method, runs in sorted(complete.items(), key=lambda found: -found[1][0]["sent_bytes_per_step"]):
+        losses = [score(r) for r in runs]
+        mean = statistics.mean(losses)
+        spread = f"{mean:.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        lines.append(f"| {label(method)} | {_compression(runs)} | {spread} | {100 * (mean / dense - 1):+.1f} % |")
+    return "\n".join(lines)
+
+
 def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
     lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)

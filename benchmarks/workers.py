@@ -1,6 +1,8 @@
 """Long benchmarks: what they are asked for, and runs in several processes at a time, planned anew as each ends."""
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -38,7 +40,8 @@ def work(
     """Run what `plan` makes of the runs so far, until nothing is left or the time is up."""
     deadline = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(unit="run") as bar:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+    with pool, tqdm(unit="run") as bar:
         running: dict[Future[Record], Trial] = {}
         while True:
             planned = [t for t in plan(store.list) if t not in running.values()]
@@ -53,3 +56,14 @@ def work(
                 store.add(done.result())
                 del running[done]
                 bar.update()
+
+
+def _end_with(parent: int) -> None:
+    """Stop this process once its parent is gone: what it would find then, nobody stores."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ def stored(bench: Any) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("bench", [bench_codec, bench_compressor, bench_wire, bench_wire_loss])
+@pytest.mark.parametrize("bench", [bench_codec, bench_compressor, bench_training, bench_wire, bench_wire_loss])
 def test_a_page_is_that_of_its_runs(bench: Any) -> None:
     assert bench.RESULTS.with_suffix(".md").read_text() == bench.report(stored(bench))
 
 
-def test_the_readme_has_the_step_times_that_were_measured() -> None:
-    assert bench_wire.summary(stored(bench_wire)) in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("bench", [bench_training, bench_wire])
+def test_the_readme_has_what_was_measured(bench: Any) -> None:
+    assert bench.summary(stored(bench)) in (ROOT / "README.md").read_text()
 
 
 def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
@@ -220,3 +222,34 @@ def test_a_commit_is_named_once_it_has_measured(tmp_path: Path) -> None:
     store.add({"loss": 1.0})
     store.add({"loss": 2.0})
     assert json.loads(file.read_text())["environment"]["commit"] == f"earlier, {here}"
+
+
+KILLED = """
+import pathlib, sys, time
+from benchmarks.store import Store
+from benchmarks.workers import work
+
+def live(trial):
+    while True:
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(0.1)
+
+if __name__ == "__main__":
+    work(Store(None, "runs", rebuild=False), lambda runs: [1], live, str, 1, 600)
+"""
+
+
+def test_a_benchmark_that_is_killed_leaves_no_run_behind(tmp_path: Path) -> None:
+    script, sign = tmp_path / "main.py", tmp_path / "alive"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, script, sign], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not sign.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while time.time() - sign.stat().st_mtime < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
