@@ -189,7 +189,9 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     parameters = list(model.parameters())
     averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
     if isinstance(averager, rivals.DeMo):
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, trial.lr)
+        # The decay of AdamW in `make_optimizer`; SGD would add its own to the signs
+        decayed = [{"params": parameters, "weight_decay": 0.1}]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(decayed, trial.lr, betas=(0.0, 0.0))
     else:
         optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))

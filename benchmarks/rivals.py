@@ -161,8 +161,9 @@ class TopK(_ErrorFeedback):
 
 class DeMo(_Rival):
     """An optimizer rather than a hook: signs, for plain SGD to step by. Each rank's momentum, which decays by .999,
-    keeps all but the k largest of 64 x 64 cosine coefficients of every tile. An index takes 12 bits, a value 16.
-    Source: Peng et al. 2024, arXiv:2411.19870."""
+    keeps all but the k largest of 64 x 64 cosine coefficients of every tile; each is averaged over the ranks that sent
+    it. An index takes 12 bits, a value 16. What has one dimension is averaged as it is. Source: Peng et al. 2024,
+    arXiv:2411.19870."""
 
     tile, decay = 64, 0.999
 
@@ -187,9 +188,14 @@ class DeMo(_Rival):
         index = spectrum.abs().topk(self._count).indices
         sent = torch.zeros_like(spectrum).scatter_(3, index, spectrum.gather(3, index)).view(tiles.shape)
         self.sent_bytes += 3.5 * self._count * down * across
-        sent = (self._cosines.T @ sent @ self._cosines).transpose(2, 3).reshape(padded.shape)
-        momentum -= sent
-        return sent.mean(0)[:rows, :cols]
+        mean = sent.sum(0) / sent.count_nonzero(0).clamp(min=1)
+        momentum -= self._matrix(sent)
+        return self._matrix(mean)[:rows, :cols]
+
+    def _matrix(self, spectrum: Tensor) -> Tensor:
+        """Shapes: (..., down, across, 64, 64) -> (..., 64 * down, 64 * across)."""
+        tiles = self._cosines.T @ spectrum @ self._cosines
+        return tiles.transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 
 class RotatedSign(_Rival):

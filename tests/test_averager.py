@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -72,17 +73,20 @@ def by_the_dense_wire(rank: int, world_size: int) -> tuple[torch.Tensor, torch.T
     """Parameters after a warm-up by DDP; each rank's before an average; after it."""
     model = DDP(net())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    local = PostLocalSGDState(None, None, start_localSGD_iter=2, post_local_gradient_allreduce=False)
+    model.register_comm_hook(local, post_localSGD_hook)
     average = VsaModelAverager(model, PERIOD, warmup_steps=2, wire="dense")
     train(model, optimizer, average, rank, range(2))
     warm_N = parameters_to_vector(model.parameters()).detach().clone()
-    with model.no_sync():
-        train(model, optimizer, average, rank, range(2, 2 + PERIOD - 1))
-        before_N = parameters_to_vector(model.parameters()).detach().clone()
-        average.synchronize()
-        after_N = parameters_to_vector(model.parameters()).detach().clone()
-        average.synchronize()  # nothing happened since
+    train(model, optimizer, average, rank, range(2, 2 + PERIOD - 1))
+    before_N = parameters_to_vector(model.parameters()).detach().clone()
+    average.synchronize()
+    after_N = parameters_to_vector(model.parameters()).detach().clone()
+    average.synchronize()  # nothing happened since
     assert torch.equal(after_N, parameters_to_vector(model.parameters()))
-    assert average.compression_stats().steps == 1
+    stats = average.compression_stats()
+    assert stats.steps == 1
+    assert stats.dense_bytes == (PERIOD - 1) * after_N.nbytes
     return warm_N, before_N, after_N
 
 
@@ -95,30 +99,56 @@ def test_without_compression_it_is_the_mean_of_the_models_after_ddps_warm_up(tmp
     torch.testing.assert_close(after[0], torch.stack(before).mean(0))
 
 
-def resumed(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
+def resumed(rank: int, world_size: int, folder: Path, wire: str) -> tuple[str, str]:
     file = folder / f"{rank}.pt"
     model = net()
-    optimizer, average = make(model, compression=20)
+    optimizer, average = make(model, compression=20, wire=wire)
     train(model, optimizer, average, rank, range(2 * PERIOD + 1))
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
     torch.save(parts, file)
+    average.synchronize()
     train(model, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
 
     again = net()
-    optimizer, average = make(again, compression=20)
+    optimizer, average = make(again, compression=20, wire=wire)
     saved = torch.load(file, weights_only=True)
     again.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     average.load_state_dict(saved["average"])
+    average.synchronize()
     train(again, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
-    with pytest.raises(ValueError, match="it has no common, state, steps_apart"):
+    with pytest.raises(ValueError, match="it has no common, last_apart, state, steps_apart"):
         average.load_state_dict({"step": 3})
     return digest(model.parameters()), digest(again.parameters())
 
 
-def test_a_run_that_goes_on_between_two_averages_has_the_bits_of_one_without_a_break(tmp_path: Path) -> None:
-    digests = {each for pair in run_ranks(resumed, 2, tmp_path, tmp_path) for each in pair}
+@pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])
+def test_a_run_that_goes_on_between_two_averages_has_the_bits_of_one_without_a_break(tmp_path: Path, wire: str) -> None:
+    digests = {each for pair in run_ranks(resumed, 2, tmp_path, tmp_path, wire) for each in pair}
     assert len(digests) == 1
+
+
+def one_step_after_long_periods(rank: int, world_size: int, wire: str) -> tuple[float, float]:
+    """Cosine and quotient of lengths of what an average of one step changed, and of that step."""
+    torch.manual_seed(0)
+    model, change = torch.nn.Linear(64, 64, bias=False), torch.randn(64, 64)
+    average = VsaModelAverager(model, 20, wire=wire, compression=20)
+    for _ in range(41):
+        with torch.no_grad():
+            before = model.weight.clone()
+            model.weight -= change
+        average.average_parameters()
+    average.synchronize()
+    found = before - model.weight.detach()
+    cosine = torch.nn.functional.cosine_similarity(found.flatten(), change.flatten(), dim=0)
+    return cosine.item(), (found.norm() / change.norm()).item()
+
+
+@pytest.mark.parametrize("wire", ["all_gather", "all_reduce"])
+def test_an_average_off_the_period_keeps_the_step(tmp_path: Path, wire: str) -> None:
+    for cosine, length in run_ranks(one_step_after_long_periods, 2, tmp_path, wire):
+        assert cosine > 0.7
+        assert 0.8 < length < 1.5
 
 
 def by_torchs_optimizer(rank: int, world_size: int) -> list[str]:
@@ -145,11 +175,31 @@ def test_torchs_optimizer_for_local_steps_takes_it_with_several_dtypes(tmp_path:
     assert len(set(mine)) == 6
 
 
+def out_of_step(rank: int, world_size: int) -> list[str]:
+    model = net()
+    optimizer, average = make(model)
+    train(model, optimizer, average, rank, range(PERIOD - 1))
+    messages = []
+    with pytest.raises(ValueError, match="step") as raised:
+        (average.synchronize if rank else average.average_parameters)()
+    messages.append(str(raised.value))
+    model.scale = torch.nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(ValueError, match="scale was unfrozen or replaced") as raised:
+        average.synchronize()
+    return [*messages, str(raised.value)]
+
+
+def test_ranks_out_of_step_and_parameters_that_came_later_are_refused(tmp_path: Path) -> None:
+    for messages in run_ranks(out_of_step, 2, tmp_path):
+        assert "step (rank 0: 3, rank 1: 2)" in messages[0]
+
+
 def refused(rank: int, world_size: int) -> list[str]:
     messages = []
     for make_it in (
         lambda: VsaModelAverager(net(seed=rank)),
         lambda: VsaModelAverager(net(), 10 + rank),
+        lambda: VsaModelAverager(net(), compression=20 + rank),
         lambda: VsaModelAverager(net(), 0),
         lambda: VsaModelAverager(net(), warmup_steps=-1),
         lambda: VsaModelAverager(net(), bundles=2),
@@ -169,6 +219,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
             (
                 "parameters at the start: conv.weight (rank 0: ",
                 "period (rank 0: 10, rank 1: 11)",
+                "compression (rank 0: 20, rank 1: 21)",
                 "period must be an int of at least 1, got 0",
                 "warmup_steps must be an int of at least 0, got -1",
                 "unknown setting bundles",

@@ -103,7 +103,7 @@ def test_triton_has_the_bits_of_torch_under_ddp(
 
 
 def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
-    """Of the parameters after local steps; the first and the last loss."""
+    """Of the parameters after local steps; the first loss, and that after an average."""
     torch.cuda.set_device(rank % torch.cuda.device_count())
     model = net().cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -117,7 +117,7 @@ def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
         losses.append(loss.item())
         optimizer.step()
         average.average_parameters()
-    return digest(p.cpu() for p in model.parameters()), losses[0], losses[-1]
+    return digest(p.cpu() for p in model.parameters()), losses[0], losses[-3]
 
 
 @pytest.mark.parametrize(("backend", "world_size"), [("nccl", 1), ("nccl", 2), ("gloo", 2)])
@@ -126,4 +126,4 @@ def test_models_are_averaged_on_cuda(tmp_path: Path, backend: str, world_size: i
         pytest.skip(f"needs {world_size} CUDA devices")
     ranks = run_ranks(average_on_cuda, world_size, tmp_path, backend=backend)
     assert len({parameters for parameters, _, _ in ranks}) == 1
-    assert all(last < first for _, first, last in ranks)
+    assert all(averaged < 0.9 * first for _, first, averaged in ranks)

@@ -113,10 +113,16 @@ def test_demo_keeps_in_its_momentum_what_it_does_not_send() -> None:
 
     some, wanted = rivals.DeMo(MATRIX, count=32), torch.zeros(97, 128)
     for _ in range(5):
-        wanted = wanted * 0.999 + g_WRC.mean(0)
-        wanted -= some.average_matrix("weight", g_WRC)
-    torch.testing.assert_close(some._momentum["weight"].mean(0)[:97], wanted, rtol=1e-4, atol=1e-5)
+        wanted = wanted * 0.999 + g_WRC[0]
+        sent = some.average_matrix("weight", g_WRC[:1])
+        wanted -= sent
+    torch.testing.assert_close(some._momentum["weight"][0, :97], wanted, rtol=1e-4, atol=1e-5)
     assert some.sent_bytes == 5 * 2 * 2 * 32 * 3.5
+
+    # over those that sent a coefficient
+    mine, silent = g_WRC[:1], torch.zeros_like(g_WRC[:1])
+    alone, beside = (rivals.DeMo(MATRIX).average_matrix("weight", w) for w in (mine, torch.cat([mine, silent])))
+    torch.testing.assert_close(alone, beside)
 
 
 @pytest.mark.parametrize("wire", WIRES)

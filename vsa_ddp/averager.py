@@ -73,16 +73,15 @@ class VsaModelAverager(ModelAverager):
             averager.average_parameters()
         averager.synchronize()
 
-    The model is a plain one, or a DDP model whose backward runs inside `no_sync()` or with torch's
-    `post_localSGD_hook`: gradients stay on their rank. With Adam-like optimizers a learning rate of about half the one
-    for averaged gradients suits, since each rank steps by the gradient of its own batch. Optimizer states and buffers
-    stay each rank's own. All ranks call `average_parameters` after every step, also those whose step was skipped.
+    The model is a plain one, or a DDP model whose forward and backward run inside `no_sync()`: gradients stay on their
+    rank, and so do optimizer states and buffers. All ranks call `average_parameters` after every step, also those whose
+    step was skipped. The parameters are those that required a gradient when the averager was made; after others are
+    unfrozen, or the model was loaded from elsewhere, make a new one.
 
     Args:
         model: the same on every rank, from the same parameters on.
         period: steps between two averages.
-        warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts; as torch's
-            `PostLocalSGDState(start_localSGD_iter=...)`.
+        warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`, `compression=20` for example. Its steps are rounds of averaging here: the first
             is exact, and every `check_interval` rounds the last average is compared between the ranks.
@@ -91,8 +90,8 @@ class VsaModelAverager(ModelAverager):
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
     Basu et al. 2019, arXiv:1906.02367.
 
-    Making one is collective over the group, and blocks. Raises, on every rank: ValueError for an impossible setting, or
-    if settings or parameters differ between ranks.
+    Making one is collective over the group, and blocks. Raises: ValueError for an impossible setting; and on every rank
+    if settings or parameters differ between ranks. TypeError for complex parameters.
     """
 
     def __init__(
@@ -110,9 +109,12 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
-        self._state = VsaState(process_group, VsaConfig.from_settings(settings))
-        self._parameters = dict(_trained(model))
-        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__}
+        config = VsaConfig.from_settings(settings)
+        self._state = VsaState(process_group, config)
+        self._model = model
+        self._parameters = _trained(model)
+        chosen = {name: value for name, value in vars(config).items() if name != "backend"}
+        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__, **chosen}
         shapes = {"parameter": describe(self._parameters.items())}
         values = {"parameters at the start:": {n: digest(fingerprint([p])) for n, p in self._parameters.items()}}
         check_agreement({**mine, **shapes, **values}, self.process_group)
@@ -122,6 +124,7 @@ class VsaModelAverager(ModelAverager):
         self._num_bytes = sum(p.nbytes for p in self._parameters.values())
         self._num_elements = sum(p.numel() for p in self._parameters.values())
         self._steps_apart = 0
+        self._last_apart = 0  # at the last average
 
     def __repr__(self) -> str:
         return f"VsaModelAverager(step={self.step}, period={self.period}, state={self._state})"
@@ -133,7 +136,7 @@ class VsaModelAverager(ModelAverager):
         Args:
             params: not needed; parameters or param_groups, as torch's averagers get them.
 
-        Raises: ValueError if `params` has one that the model does not train.
+        Raises: see `synchronize`; ValueError if `params` has one that is not the model's.
         """
         self._check(params)
         self.step += 1
@@ -145,15 +148,22 @@ class VsaModelAverager(ModelAverager):
         self._steps_apart += 1
         if (self.step - self.warmup_steps) % self.period == 0:
             self.synchronize()
-        else:
-            self._state.count_local_step(self._num_bytes, self._num_elements)
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Average now, if there was a step since the last average: before an evaluation, and after the last step."""
+        """Average now, if there was a step since the last average: before an evaluation, and after the last step.
+
+        Raises: ValueError, on every rank, if the ranks are not at the same step; or if the model trains a parameter
+            that it did not train when this was made. RuntimeError as `vsa_hook` does.
+        """
+        self._meet()
         if not self._steps_apart:
             return
-        self._steps_apart = 0
+        skipped = self._steps_apart - 1
+        self._state.count_local_steps(skipped * self._num_bytes, skipped * self._num_elements)
+        if self._steps_apart != self._last_apart:
+            self._state.sigma.forget()  # the change of one step is no measure for that of twenty
+        self._last_apart, self._steps_apart = self._steps_apart, 0
         futures = []
         for bucket in self._buckets:
             bucket.begin()
@@ -161,6 +171,9 @@ class VsaModelAverager(ModelAverager):
         for bucket, future in zip(self._buckets, futures, strict=True):
             future.wait()
             bucket.finish()
+        if self._device.type == "cuda":  # what it found out, nobody would ask for after the last average
+            torch.cuda.synchronize(self._device)
+            self._state.courier.inspection.raise_late()
 
     def compression_stats(self) -> CompressionStats:
         """Bytes so far, against those of a gradient in every step after the warm-up; `steps` are rounds."""
@@ -170,7 +183,7 @@ class VsaModelAverager(ModelAverager):
         """Loads with `torch.load(..., weights_only=True)`. Every rank saves its optimizer, and between two averages its
         model and this too."""
         common = {name: t.detach().clone() for name, t in self._common.items()}
-        counts = {"step": self.step, "steps_apart": self._steps_apart}
+        counts = {"step": self.step, "steps_apart": self._steps_apart, "last_apart": self._last_apart}
         return {**counts, "common": common, "state": self._state.state_dict()}
 
     @torch.no_grad()
@@ -179,26 +192,45 @@ class VsaModelAverager(ModelAverager):
 
         Raises: ValueError if it is no such state, belongs to another model, or this averager was used.
         """
-        if absent := sorted({"step", "steps_apart", "common", "state"} - saved.keys()):
+        if absent := sorted(self.state_dict().keys() - saved.keys()):
             raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
         self._state.load_state_dict(saved["state"])
-        self.step, self._steps_apart = saved["step"], saved["steps_apart"]
+        self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
         for name, common in self._common.items():
             common.copy_(saved["common"][name])
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def _meet(self) -> None:
+        """Make sure that all ranks average the same step. Collective, blocks. Raises: see `synchronize`."""
+        known = {id(p) for p in self._parameters.values()}
+        if new := [name for name, p in _trained(self._model).items() if id(p) not in known]:
+            raise ValueError(
+                f"{', '.join(new[:3])} was unfrozen or replaced after the averager was made, and would never be "
+                "averaged; make a new averager then, on every rank."
+            )
+        count = torch.tensor([1, self.step, self.step**2], device=self._device)
+        dist.all_reduce(count, group=self.process_group)
+        ranks, total, squares = count.tolist()
+        if ranks * squares != total**2:
+            check_agreement({"step": self.step}, self.process_group)
+
     def _check(self, params: Iterable[Any] | None) -> None:
         """Raises: ValueError for parameters that are not the model's."""
-        known = {id(p) for p in self._parameters.values()}
-        for entry in params or ():
-            for p in entry["params"] if isinstance(entry, dict) else (entry,):
-                if p.requires_grad and id(p) not in known:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} is none of the model's; make the averager with the "
-                        "model that is trained."
-                    )
+        entries = [] if params is None else list(params)
+        given = [p for entry in entries for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+        known = {id(p) for p in self._model.parameters()} if given else set()
+        for p in given:
+            if id(p) not in known:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is none of the model's; make the averager with the model "
+                    "that is trained."
+                )
 
 
-def _trained(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters to average, by name."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, DistributedDataParallel):
@@ -207,20 +239,27 @@ def _trained(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no parameter that requires a gradient, so there is nothing to average.")
-    return [(name.replace("_orig_mod.", ""), p) for name, p in named]
+    for name, p in named:
+        if p.is_complex():
+            raise TypeError(f"parameter {name} is {p.dtype}, but only reals can be averaged; use torch.view_as_real.")
+    if len(devices := {p.device for _, p in named}) > 1:
+        raise ValueError(f"the parameters are on {', '.join(map(str, devices))}, but one averager has one device.")
+    return {name.replace("_orig_mod.", ""): p for name, p in named}
 
 
 def _fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[_Bucket]:
-    """Up to 25 MiB each, of one dtype and device, in the model's order."""
+    """Up to 25 MiB each, of one dtype, in the model's order."""
     groups: list[list[str]] = []
-    room = 0
-    for name, p in parameters.items():
-        before = parameters[groups[-1][0]] if groups else None
-        if before is None or room < p.nbytes or (before.dtype, before.device) != (p.dtype, p.device):
-            groups.append([])
-            room = _BUCKET_BYTES
-        groups[-1].append(name)
-        room -= p.nbytes
+    for dtype in dict.fromkeys(p.dtype for p in parameters.values()):
+        room = 0
+        for name, p in parameters.items():
+            if p.dtype != dtype:
+                continue
+            if room < p.nbytes or not room:
+                groups.append([])
+                room = _BUCKET_BYTES
+            groups[-1].append(name)
+            room -= p.nbytes
     last = len(groups) - 1
     return [
         _Bucket(i, i == last, [common[n] for n in names], [parameters[n] for n in names])

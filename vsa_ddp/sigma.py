@@ -39,6 +39,11 @@ class SharedSigma:
             limited = torch.where(old > 0, torch.minimum(new, 2 * old), new)
             old.copy_(torch.where(new.isfinite(), limited, old))
 
+    def forget(self) -> None:
+        """What comes next is of another size: begin without."""
+        for sigma in self._sigmas.values():
+            sigma.zero_()
+
     def _stored(self, s: Slice, layout: BucketLayout, device: torch.device) -> Tensor:
         num_blocks = s.num_dims // layout.rotation_block
         sigma = self._sigmas.get(s.name)

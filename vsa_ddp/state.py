@@ -144,8 +144,8 @@ class VsaState:
         if sigma_T is not None:
             self.sigma.update(codec.layout, sigma_T)
 
-    def count_local_step(self, dense_bytes: int, num_elements: int) -> None:
-        """A step whose gradients stay on their ranks."""
+    def count_local_steps(self, dense_bytes: int, num_elements: int) -> None:
+        """Gradients that stay on their ranks."""
         self._counter.add(dense_bytes=dense_bytes, num_elements=num_elements)
 
     # What the user asks
