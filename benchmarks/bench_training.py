@@ -53,11 +53,11 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (20, 80, 320, 1280)),
-    *(f"vsa-local {period}{code}" for period in (1, 5, 20, 80) for code in ("", ", n=64")),
+    *(f"vsa-local {period}, n={sparsity}" for period in (1, 5, 20, 80) for sparsity in (8, 64)),
     "alone",
 )
-"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses, by the
-default code or the sparsity n. "alone": no communication at all."""
+"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
+of n. "alone": no communication at all."""
 OURS = ("bundle", "sparsity", "vsa-local")
 
 
@@ -137,8 +137,7 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        _, _, sparsity = number.partition(", n=")
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, **({"sparsity": int(sparsity)} if sparsity else {})))
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(number.partition(", n=")[2])))
     if name in OURS:
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
@@ -343,7 +342,7 @@ def label(method: str) -> str:
         "dense": "plain DDP",
         "sparsity": f"`register`, n={number}",
         "bundle": f"`register`, B={number}",
-        "vsa-local": f"`VsaModelAverager`, period {every}, n={sparsity or VsaConfig().sparsity}",
+        "vsa-local": f"`VsaModelAverager`, period {every}, n={sparsity}",
         "powersgd": f"PowerSGD {number}",
         "demo": f"DeMo, {number} coefficients",
         "local": f"local SGD, period {number}",

@@ -185,9 +185,7 @@ def test_averaging_weights_in_every_step_of_plain_sgd_is_averaging_gradients() -
     assert apart["sent_bytes_per_step"] == together["sent_bytes_per_step"]
 
 
-@pytest.mark.parametrize(
-    "method", ["dense", "sparsity 8", "powersgd 1", "local 4", "vsa-local 4", "vsa-local 4, n=64", "alone"]
-)
+@pytest.mark.parametrize("method", ["dense", "sparsity 8", "powersgd 1", "local 4", "vsa-local 4, n=64", "alone"])
 def test_every_kind_of_method_learns(method: str) -> None:
     found = run(Trial(task="digits", optimizer="sgd", method=method, lr=0.05, momentum=0.9, steps=30))
     assert found["losses"][-1] < found["losses"][0]

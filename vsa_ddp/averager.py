@@ -23,6 +23,8 @@ from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 
+COMPRESSION = 256.0
+"""Where nothing is said: four times that of gradients, since no optimizer divides by the noise."""
 _BUCKET_BYTES = 25 * 2**20
 
 
@@ -65,7 +67,7 @@ class _Bucket:
 class VsaModelAverager(ModelAverager):
     """Averages the ranks' models every `period` steps, in place of their gradients in each.
 
-        averager = vsa_ddp.VsaModelAverager(model, period=20)
+        averager = vsa_ddp.VsaModelAverager(model, period=5)
         for x, y in loader:
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
@@ -80,11 +82,11 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
-        period: steps between two averages.
+        period: steps between two averages. 1 averages the updates of every step.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
-        settings: fields of `VsaConfig`, `compression=20` for example. Its steps are rounds of averaging here: the first
-            is exact, and every `check_interval` rounds the last average is compared between the ranks.
+        settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given. Its
+            steps are averages here: the first is exact, and after every `check_interval` the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
@@ -97,7 +99,7 @@ class VsaModelAverager(ModelAverager):
     def __init__(
         self,
         model: torch.nn.Module,
-        period: int = 20,
+        period: int = 1,
         *,
         warmup_steps: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -109,6 +111,8 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
+        if settings.keys().isdisjoint({"compression", "bundle", "sparsity"}):
+            settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
         self._state = VsaState(process_group, config)
         self._model = model
