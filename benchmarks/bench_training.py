@@ -368,6 +368,7 @@ def summary(results: Results) -> str:
 def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
     lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)
+    lines += ["", f"Fewer than {len(SEEDS)} losses in brackets: this method's search is not at its end."]
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         if not any(found.values()):
