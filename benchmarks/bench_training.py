@@ -186,7 +186,7 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     torch.manual_seed(trial.seed)
     model = task.model()
     parameters = list(model.parameters())
-    averager = make_averager(trial, tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
+    averager = make_averager(trial, shapes_of(model))
     if isinstance(averager, rivals.DeMo):
         # The decay of AdamW in `make_optimizer`; SGD would add its own to the signs
         decayed = [{"params": parameters, "weight_decay": 0.1}]
@@ -217,7 +217,7 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
 
 
 def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
-    """A model for each rank; by what they changed is averaged every so many steps and at the end, or never."""
+    """A model for each rank; what they changed is averaged every so many steps and at the end, or never."""
     task, every = TASKS[trial.task], period(trial.method)
     models, optimizers, schedulers = [], [], []
     for _ in range(trial.world_size):
@@ -226,11 +226,9 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
         optimizers.append(make_optimizer(models[-1], trial.optimizer, trial.lr, trial.momentum))
         rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
         schedulers.append(rate)
-    shapes = tuple((name, tuple(p.shape)) for name, p in models[0].named_parameters())
-    averager = make_averager(trial, shapes) if every else None
+    averager = make_averager(trial, shapes_of(models[0])) if every else None
     common_N = parameters_to_vector(models[0].parameters()).detach()
-    orders: list[torch.Generator] = rank_orders(trial)
-    losses: list[float] = []
+    orders, losses = rank_orders(trial), list[float]()
     for step in range(1, trial.steps + 1):
         total = 0.0
         for model, optimizer, scheduler, order in zip(models, optimizers, schedulers, orders, strict=True):
@@ -249,6 +247,10 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
             for model in models:
                 vector_to_parameters(common_N.clone(), model.parameters())
     return losses, averager.sent_bytes if averager else 0.0, models
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
 
 
 def rank_orders(trial: Trial) -> list[torch.Generator]:

@@ -63,6 +63,11 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([s.to(sums[0].device) for s in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 
 
+def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Of the bits of each tensor. The host waits for the device."""
+    return {name: digest(fingerprint([t])) for name, t in named}
+
+
 def digest(sums_T: Tensor) -> int:
     """Of `fingerprint`. The host waits for the device."""
     return zlib.crc32(sums_T.cpu().numpy().tobytes())

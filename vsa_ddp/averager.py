@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
-from torch.nn.parallel import DistributedDataParallel
 
-from vsa_ddp.agreement import check_agreement, digest, fingerprint
+from vsa_ddp.agreement import check_agreement, digests
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
@@ -117,10 +116,9 @@ class VsaModelAverager(ModelAverager):
         self._state = VsaState(process_group, config)
         self._model = model
         self._parameters = _trained(model)
-        chosen = {name: value for name, value in vars(config).items() if name != "backend"}
-        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__, **chosen}
+        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__, **config.of_all_ranks()}
         shapes = {"parameter": describe(self._parameters.items())}
-        values = {"parameters at the start:": {n: digest(fingerprint([p])) for n, p in self._parameters.items()}}
+        values = {"parameters at the start:": digests(self._parameters.items())}
         check_agreement({**mine, **shapes, **values}, self.process_group)
         self._common = {name: p.detach().clone().requires_grad_() for name, p in self._parameters.items()}
         self._state.name_parameters(self._common.items())  # type: ignore[arg-type]
@@ -196,7 +194,7 @@ class VsaModelAverager(ModelAverager):
 
         Raises: ValueError if it is no such state, belongs to another model, or this averager was used.
         """
-        if absent := sorted(self.state_dict().keys() - saved.keys()):
+        if absent := sorted({"step", "steps_apart", "last_apart", "common", "state"} - saved.keys()):
             raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
         self._state.load_state_dict(saved["state"])
         self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
@@ -236,11 +234,7 @@ class VsaModelAverager(ModelAverager):
 
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters to average, by name."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(model, DistributedDataParallel):
-        named = averaged_parameters(model)
-    else:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = averaged_parameters(model)
     if not named:
         raise ValueError("the model has no parameter that requires a gradient, so there is nothing to average.")
     for name, p in named:
@@ -248,7 +242,7 @@ def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
             raise TypeError(f"parameter {name} is {p.dtype}, but only reals can be averaged; use torch.view_as_real.")
     if len(devices := {p.device for _, p in named}) > 1:
         raise ValueError(f"the parameters are on {', '.join(map(str, devices))}, but one averager has one device.")
-    return {name.replace("_orig_mod.", ""): p for name, p in named}
+    return dict(named)
 
 
 def _fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[_Bucket]:

@@ -148,6 +148,10 @@ class VsaConfig:
             return {"compression": self.compression}
         return {"bundle": self.bundle, "sparsity": self.sparsity}
 
+    def of_all_ranks(self) -> dict[str, Any]:
+        """The settings that ranks must share: all but the backend, since all have its bits."""
+        return {name: value for name, value in vars(self).items() if name != "backend"}
+
     def for_wire(self, wire: WireName) -> "VsaConfig":
         """The same for a wire, which compression chooses another code for."""
         code = {"compression": None, "bundle": None, "sparsity": None, **self.asked()}

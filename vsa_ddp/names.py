@@ -18,12 +18,15 @@ def describe(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: f"number {i}, {tuple(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named_parameters)}
 
 
-def averaged_parameters(ddp_model: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters whose gradients DDP averages: those it was told to ignore are each rank's own."""
-    ignored: set[str] = getattr(ddp_model, "parameters_to_ignore", set())
+def averaged_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that ranks have in common, without what torch.compile adds to their names: those with a gradient,
+    but of a DDP model those it was told to ignore are each rank's own."""
+    model = getattr(model, "_orig_mod", model)
+    ignored: set[str] = getattr(model, "parameters_to_ignore", set())
+    module = model.module if isinstance(model, DistributedDataParallel) else model
     return [
-        (name, p)
-        for name, p in ddp_model.module.named_parameters()
+        (name.replace("_orig_mod.", ""), p)
+        for name, p in module.named_parameters()
         if p.requires_grad and not ignored & {name, f".{name}"}  # torch has a dot before those of the model itself
     ]
 

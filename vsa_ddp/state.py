@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, which torch does not export to mypy
 from torch.distributed.device_mesh import DeviceMesh
 
-from vsa_ddp.agreement import check_agreement, digest, fingerprint
+from vsa_ddp.agreement import check_agreement, digests
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.kernels import Kernels, Rows, load_kernels, missing
@@ -294,9 +294,8 @@ class VsaState:
         flat = self.config.ranks_per_node == 1 and self._mesh is None
         # Ranks of a part of the job make their groups without the others, and name them by how many they made before
         apart = group is not dist.group.WORLD and not (flat and wire is not None and wire.num_rounds == 1)
-        settings = {name: value for name, value in vars(self.config).items() if name != "backend"}  # all have its bits
         return {
-            **settings,
+            **self.config.of_all_ranks(),
             "chosen wire": self._chosen,
             "process groups made": num_groups_made() if apart else None,
             "mesh": self._mesh,
@@ -305,7 +304,7 @@ class VsaState:
             "version": __version__,
             "step": self.step,
             "parameter": describe(self._names.parameters()),
-            "loaded scales of": {name: digest(fingerprint([t])) for name, t in loaded.items()},
+            "loaded scales of": digests(loaded.items()),
             # Other arithmetic rounds otherwise, and the ranks' gradients would part
             "torch": torch.__version__.split("+")[0],
             "device": torch.cuda.get_device_name(device) if on_cuda else torch.backends.cpu.get_cpu_capability(),

@@ -112,7 +112,7 @@ class PhasedTrainer:
         self.optimizer = optimizer
         self.scaler = scaler
         self.schedule = PhaseSchedule(self.config)
-        self._parameters = {name.replace("_orig_mod.", ""): p for name, p in averaged_parameters(model)}
+        self._parameters = dict(averaged_parameters(model))
         self.predictor = GradientPredictor(self._parameters.items(), self.config)
         self._section_start = Snapshot(model.module, optimizer)
         self._ddp = model
