@@ -52,8 +52,8 @@ METHODS = (
     "drive",
     "ef-sign",
     "top-1%",
-    *(f"local {period}" for period in (20, 80, 320, 1280)),
-    *(f"vsa-local {period}, n={sparsity}" for period in (1, 5, 20, 80) for sparsity in (8, 64)),
+    *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
+    *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 5, 20, 80) for sparsity in (8, 64)),
     "alone",
 )
 """With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
