@@ -53,7 +53,7 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
-    *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 5, 20, 80) for sparsity in (8, 64)),
+    *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 4, 8, 32) for sparsity in (8, 64)),
     "alone",
 )
 """With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
@@ -137,7 +137,8 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(number.partition(", n=")[2])))
+        sparsity = int(number.partition(", n=")[2])
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=sparsity, exact_steps=0))
     if name in OURS:
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))

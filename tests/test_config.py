@@ -19,7 +19,7 @@ from vsa_ddp.register import optimizer_family
         ("bundle", 0, r"bundle must be in 1\.\.4096, got 0"),
         ("bundle", 4.0, r"bundle must be an int, got 4\.0"),
         ("bundle", True, "bundle must be an int, got True"),
-        ("exact_steps", 0, "exact_steps must be at least 1, got 0"),
+        ("exact_steps", -1, "exact_steps must be at least 0, got -1"),
         ("rotation_block", 1000, r"rotation_block must be a power of two .*, got 1000"),
         ("rotation_block", 64, r"rotation_block must be a power of two in 128\.\.16384"),
         ("scale_decay", 1.0, r"scale_decay must be a float in \[0, 1\), got 1\.0"),

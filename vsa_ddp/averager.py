@@ -84,8 +84,9 @@ class VsaModelAverager(ModelAverager):
         period: steps between two averages. 1 averages the updates of every step.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
-        settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given. Its
-            steps are averages here: the first is exact, and after every `check_interval` the ranks are compared.
+        settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
+            `exact_steps` is 0: an exact average weighs as much as hundreds of others. Their steps are averages here:
+            after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
@@ -110,6 +111,7 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
+        settings.setdefault("exact_steps", 0)
         if settings.keys().isdisjoint({"compression", "bundle", "sparsity"}):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)

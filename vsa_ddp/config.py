@@ -53,7 +53,8 @@ class VsaConfig:
     """"unbiased": the decoded gradient has the right mean (Adam-like). "shrunk": it has the least squared error, at
     1 / (1 + noise) of the length (SGD-like)."""
     exact_steps: int = 1
-    """First steps that travel uncompressed. At least one: it measures the first scales."""
+    """First steps that travel uncompressed. They measure the first scales; with 0 the first step has none, and
+    its noise is spread over each matrix evenly."""
     rotation_block: int = 1024
     """Elements mixed by one Walsh-Hadamard transform."""
     min_numel: int = 1024
@@ -80,7 +81,7 @@ class VsaConfig:
         self._choose()
         for name, low, high in (
             ("bundle", 1, MAX_BUNDLE),
-            ("exact_steps", 1, None),
+            ("exact_steps", 0, None),
             ("min_numel", 1, None),
             ("scale_interval", 1, None),
             ("check_interval", 0, None),
