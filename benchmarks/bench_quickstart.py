@@ -1,6 +1,7 @@
 """The quickstart's comparison over seeds and learning rates: what its README table and its learning rates rest on.
 
-    python -m benchmarks.bench_quickstart                  # all runs into benchmarks/results, about 75 min on 2 cores
+    python -m benchmarks.bench_quickstart                  # all runs into benchmarks/results, about 100 min on 2 cores
+    python -m benchmarks.bench_quickstart --method vsa     # one method's
     python -m benchmarks.bench_quickstart --quick          # one seed, few steps, only printed
     python -m benchmarks.bench_quickstart --report         # rebuild the tables from the stored runs
 
@@ -19,6 +20,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.store import Record, Results, Store, find, page_head
+from benchmarks.workers import check_names
 from launch.cli import run_command
 from launch.quickstart import FIGURES, LABELS, METHODS, default_ranks, figures_of, run_method
 from launch.train import OptimizerName, TrainConfig, learning_rate
@@ -32,11 +34,13 @@ GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
         "dense": (2.8e-3, 4e-3, 5.6e-3),
         "powersgd": (2.8e-3, 4e-3, 5.6e-3),
         "vsa": tuple(lr * learning_rate_factor() for lr in (2.8e-3, 4e-3, 5.6e-3)),
+        "vsa-local": (2.8e-3, 4e-3, 5.6e-3),
     },
     "sgd": {
         "dense": (0.025, 0.05, 0.1),
         "powersgd": (0.0125, 0.025, 0.05),
         "vsa": (0.025, 0.05, 0.1, 0.2),
+        "vsa-local": (0.025, 0.05, 0.1),
     },
 }
 LONG_STEPS = 3000
@@ -69,7 +73,9 @@ def key(run: Record) -> tuple[Any, ...]:
 def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
     lines = page_head(
-        "Quickstart: plain DDP, PowerSGD and vsa_ddp over seeds and learning rates", "bench_quickstart", results
+        "Quickstart: plain DDP, PowerSGD, vsa_ddp's hook and averager over seeds and learning rates",
+        "bench_quickstart",
+        results,
     )
     for optimizer, steps in sorted({(run["optimizer"], run["steps"]) for run in results["runs"]}):
         runs = find(results["runs"], optimizer=optimizer, steps=steps)
@@ -152,10 +158,12 @@ def _verdict(stated: list[Record]) -> list[str]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, 60 steps, stated learning rates; printed.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; may be repeated.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results file to continue or to make.")] = None,
     rebuild: Annotated[bool, typer.Option("--report", help="No runs: rebuild the page from the results.")] = False,
 ) -> None:
-    """Compare the three methods of the quickstart over seeds and learning rates."""
+    """Compare the methods of the quickstart over seeds and learning rates."""
+    check_names(method or (), METHODS)
     ranks = default_ranks()
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild, ranks=ranks)
     done = {key(run) for run in store.list}
@@ -163,7 +171,8 @@ def main(
         configs = [TrainConfig(method=m, steps=60, lr=learning_rate(TrainConfig(method=m))) for m in METHODS]
     else:
         configs = planned()
-    waiting = [] if rebuild else [config for config in configs if key(vars(config)) not in done]
+    wanted = [config for config in configs if config.method in (method or METHODS)]
+    waiting = [] if rebuild else [config for config in wanted if key(vars(config)) not in done]
     for config in tqdm(waiting, unit="run"):
         try:
             figures = run_method(config, ranks, show_bar=False)

@@ -102,6 +102,8 @@ _FEWER = (
     "sparsity 8",
     "sparsity 16",
     "sparsity 64",
+    "vsa-local 1, n=64",
+    "vsa-local 8, n=64",
     "powersgd 1",
     "powersgd 4",
     "drive",

@@ -1,4 +1,4 @@
-"""Train the same model three times, by plain DDP, PowerSGD and vsa_ddp, and show loss and bytes side by side.
+"""Train the same model by plain DDP, PowerSGD, and vsa_ddp's hook and averager, and show loss and bytes side by side.
 
 bash launch/quickstart.sh
 bash launch/quickstart.sh --steps 200 --compression 320 --seed 1
@@ -33,8 +33,9 @@ METHODS: tuple[Method, ...] = get_args(Method)
 LABELS = {
     "dense": "plain DDP",
     "powersgd": f"PowerSGD {POWERSGD_RANK}",
-    "vsa": "vsa_ddp",
-    "phases": "vsa_ddp, phases",
+    "vsa": "vsa_ddp, hook",
+    "vsa-local": "vsa_ddp, averager",
+    "phases": "vsa_ddp, hook, phases",
 }
 FIGURES = ("train_loss", "heldout_loss", "wire_bytes_per_step", "compression", "ms_per_step", "hook_ms")
 
@@ -59,7 +60,18 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "launch.train", "--json", str(file)]
-        for name in ("method", "steps", "compression", "bundle", "wire", "ranks_per_node", "optimizer", "lr", "seed"):
+        for name in (
+            "method",
+            "steps",
+            "compression",
+            "bundle",
+            "period",
+            "wire",
+            "ranks_per_node",
+            "optimizer",
+            "lr",
+            "seed",
+        ):
             if getattr(config, name) is not None:
                 command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         command += ["--phases"] if config.phases else []
@@ -91,7 +103,7 @@ def _lines(file: str) -> list[str]:
 
 
 def print_table(runs: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title="One model, one data order, three ways to send gradients")
+    table = Table(title="One model, one data order, four ways to train it on all ranks")
     table.add_column("method", no_wrap=True)
     for column in (
         "lr",
@@ -117,7 +129,8 @@ def print_table(runs: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
     console.print(
         "Loss: nats per character. Sent: what one rank hands to the collectives, the\n"
-        "exact first steps included. Hook: from a bucket to its result, codec and wire.\n"
+        "exact first steps included. Hook: from a bucket to its result, codec and wire;\n"
+        "the averager's: from the optimizer's step to the next one.\n"
         "All ranks are on this machine: times show what a codec costs, not what it saves."
     )
 
@@ -147,16 +160,17 @@ def main(
         int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or 2 on CPU.", show_default=False)
     ] = None,
     compression: Annotated[
-        float | None, typer.Option(help="vsa_ddp: times fewer bits than float32; 64 if not given.", show_default=False)
+        float | None,
+        typer.Option(help="vsa_ddp: times fewer bits than float32; 64 if not given, averager 256.", show_default=False),
     ] = None,
-    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all three runs.")] = TrainConfig.optimizer,
+    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all runs.")] = TrainConfig.optimizer,
     seed: Annotated[int, typer.Option(min=0, help="Seed of model, data order and keys.")] = TrainConfig.seed,
     phases: Annotated[
-        bool, typer.Option("--phases", help="Also vsa_ddp with as many backward passes, and predicted steps between.")
+        bool, typer.Option("--phases", help="Also the hook with as many backward passes, and predicted steps between.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for quickstart.json and quickstart.png.")] = Path("runs"),
 ) -> int:
-    """Train a character transformer by plain DDP, PowerSGD and vsa_ddp; show loss and bytes side by side."""
+    """Train a character transformer by plain DDP, PowerSGD and vsa_ddp's hook and averager; show loss and bytes."""
     check_settings(compression=compression)
     ranks = default_ranks() if ranks is None else ranks
     if 0 < torch.cuda.device_count() < ranks:

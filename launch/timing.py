@@ -1,4 +1,4 @@
-"""How long a communication hook takes in each step: the same clock for every hook."""
+"""How long communication takes in each step: the same clock for every hook, and for the averager."""
 
 import time
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from vsa_ddp import VsaModelAverager
 
 _Mark = Any  # a host time in ms, or a CUDA event
 
@@ -55,3 +57,21 @@ class TimedDDP(DistributedDataParallel):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class TimedAverager(VsaModelAverager):
+    """An averager that times itself, by the host's clock, from the end of the optimizer's step on."""
+
+    _ms = 0.0
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        super().synchronize()
+        self._ms += (time.perf_counter() - start) * 1e3
+
+    def take_hook_ms(self) -> float:
+        """Milliseconds in averages since the last call."""
+        ms, self._ms = self._ms, 0.0
+        return ms

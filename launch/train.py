@@ -1,15 +1,18 @@
 """Train a character-level transformer with one way of sending gradients.
 
     torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa --compression 80
+    torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa-local --period 5
     torchrun --standalone --nproc-per-node=2 -m launch.train --method dense --json dense.json
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m launch.train --checkpoint runs/saved
 
-gloo on CPU; NCCL with one rank per GPU when there are GPUs. The hook is the one line in `compress`.
+gloo on CPU; NCCL with one rank per GPU when there are GPUs. The hook is the one line in `compress`; the averager is
+made in `train` and called in `take_step`.
 """
 
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -29,11 +32,11 @@ from launch import metered
 from launch.charlm import CharTransformer, Corpus, windows
 from launch.checkpoint import Checkpoint, Stateful
 from launch.cli import run_command
-from launch.timing import TimedDDP
+from launch.timing import TimedAverager, TimedDDP
 from vsa_ddp.config import WireName
 from vsa_ddp.nodes import RanksPerNode
 
-Method = Literal["dense", "powersgd", "vsa"]
+Method = Literal["dense", "powersgd", "vsa", "vsa-local"]
 OptimizerName = Literal["adamw", "sgd"]
 
 # Each method's own best of the grid in benchmarks/results; vsa with AdamW is dense times learning_rate_factor
@@ -42,7 +45,9 @@ LEARNING_RATES: dict[tuple[str, str], float] = {
     ("adamw", "powersgd"): 4e-3,
     ("sgd", "dense"): 0.05,
     ("sgd", "powersgd"): 0.025,
+    ("adamw", "vsa-local"): 4e-3,
     ("sgd", "vsa"): 0.1,
+    ("sgd", "vsa-local"): 0.05,
 }
 POWERSGD_RANK = 4
 HELDOUT_WINDOWS = 1024
@@ -55,9 +60,11 @@ class TrainConfig:
     method: Method = "vsa"
     steps: int = 1000
     compression: float | None = None
-    """None: that of `vsa_ddp.register`, unless there is a bundle."""
+    """None: that of `vsa_ddp.register` or of `vsa_ddp.VsaModelAverager`, unless there is a bundle."""
     bundle: int | None = None
     """Instead of the compression: the same code for every wire."""
+    period: int = 1
+    """Steps between two averages, for "vsa-local"."""
     wire: WireName = "all_gather"
     ranks_per_node: RanksPerNode = 1
     optimizer: OptimizerName = "adamw"
@@ -74,20 +81,20 @@ class TrainConfig:
     """Skip backward passes where predicted gradients prove right. `steps` counts the others."""
 
 
-def check_settings(**settings: Any) -> None:
+def check_settings(**given: Any) -> None:
     """Raises: typer.BadParameter if `VsaConfig` refuses them."""
     try:
-        vsa_ddp.VsaConfig.from_settings(settings)
+        vsa_ddp.VsaConfig.from_settings(given)
     except ValueError as error:
-        given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
-        raise typer.BadParameter(str(error), param_hint=f"'{', '.join(given)}'") from None
+        options = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        raise typer.BadParameter(str(error), param_hint=f"'{', '.join(options)}'") from None
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Raises: typer.BadParameter if the run cannot be saved, or the folder has another run."""
     hint = "'--checkpoint'"
-    if config.method == "powersgd":
-        raise typer.BadParameter("PowerSGD's residuals differ from rank to rank and are not saved.", param_hint=hint)
+    if own := {"powersgd": "PowerSGD's residuals", "vsa-local": "the optimizers of local steps"}.get(config.method):
+        raise typer.BadParameter(f"{own} differ from rank to rank, and one rank alone saves here.", param_hint=hint)
     try:
         checkpoint.check(asdict(config))
     except (OSError, ValueError) as error:
@@ -105,8 +112,13 @@ def take_gpu(local_rank: int) -> None:
 
 
 def code(config: TrainConfig) -> dict[str, Any]:
-    """Settings of `register` that decide what is sent, and how much noise there is."""
+    """Settings that decide what is sent, and how much noise there is."""
     return {name: getattr(config, name) for name in ("compression", "bundle", "wire")}
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """Of the hook and of the averager."""
+    return {**code(config), "ranks_per_node": config.ranks_per_node, "seed": config.seed}
 
 
 def learning_rate(config: TrainConfig) -> float:
@@ -127,13 +139,19 @@ def make_optimizer(
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
+def wrap(model: torch.nn.Module, device: torch.device, config: TrainConfig) -> TimedDDP:
+    """The model in DDP."""
+    # PowerSGD hangs or aborts on gloo with two buckets or more
+    cap = {"bucket_cap_mb": 1024} if config.method == "powersgd" else {}
+    return TimedDDP(model, device_ids=[device.index] if device.type == "cuda" else None, **cap)
+
+
 def compress(
     model: DistributedDataParallel, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> dict[str, Stateful]:
     """Give the model its communication hook; none for plain DDP. Returns what a checkpoint keeps of it."""
     if config.method == "vsa":
-        others = {"ranks_per_node": config.ranks_per_node, "seed": config.seed}
-        return {"hook": vsa_ddp.register(model, optimizer, **code(config), **others)}
+        return {"hook": vsa_ddp.register(model, optimizer, **settings(config))}
     if config.method == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=2)
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
@@ -149,10 +167,11 @@ def schedule(step: int, steps: int) -> float:
 
 
 def take_step(
-    model: DistributedDataParallel,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: tuple[torch.Tensor, torch.Tensor],
     phases: vsa_ddp.PhasedTrainer | None,
+    averager: vsa_ddp.VsaModelAverager | None,
 ) -> tuple[float, bool]:
     """One optimizer step. Returns the loss of the batch, and whether there was a backward pass."""
     if phases is None:
@@ -160,6 +179,8 @@ def take_step(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if averager is not None:
+            averager.average_parameters()
         return loss.item(), True
     with phases.step() as step:
         loss = model(*batch)
@@ -200,17 +221,18 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     corpus = Corpus()
     torch.manual_seed(config.seed)
     model = CharTransformer(config.width, config.num_layers, config.num_heads, config.length).to(device)
-    # PowerSGD hangs or aborts on gloo with two buckets or more
-    cap = {"bucket_cap_mb": 1024} if config.method == "powersgd" else {}
-    ddp_model = TimedDDP(model, device_ids=[device.index] if device.type == "cuda" else None, **cap)
     optimizer = make_optimizer(model, config.optimizer, learning_rate(config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.steps))
     history = History(config.steps)
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}
-    parts |= compress(ddp_model, optimizer, config)
-    phases = vsa_ddp.PhasedTrainer(ddp_model, optimizer) if config.phases else None
-    if phases is not None:
-        parts["phases"] = phases
+    trained, phases, averager = model, None, None
+    if config.method == "vsa-local":
+        averager = clock = TimedAverager(model, config.period, **settings(config))
+    else:
+        trained = clock = wrap(model, device, config)
+        parts |= compress(clock, optimizer, config)
+        if config.phases:
+            parts["phases"] = phases = vsa_ddp.PhasedTrainer(clock, optimizer)
 
     start_step = checkpoint.load(parts) if checkpoint is not None else 0
     order = torch.Generator().manual_seed(config.seed * 1000 + rank)
@@ -227,14 +249,16 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     while step < config.steps:
         x, target = (t.to(device) for t in windows(corpus.train, config.batch, config.length, order))
         start = time.perf_counter()
-        loss, has_backward = take_step(ddp_model, optimizer, (x, target), phases)
+        loss, has_backward = take_step(trained, optimizer, (x, target), phases, averager)
+        if averager is not None and step == config.steps - 1:
+            averager.synchronize()
         ms += (time.perf_counter() - start) * 1e3
         if not has_backward:
             continue
         scheduler.step()
         history.losses[step] = loss
         history.step_ms.append(ms)
-        history.hook_ms.append(ddp_model.take_hook_ms())
+        history.hook_ms.append(clock.take_hook_ms())
         history.wire_bytes.append(metered.wire_bytes() - sent_before)
         sent_in_all += history.wire_bytes[-1]
         sent_before, ms, step = metered.wire_bytes(), 0.0, step + 1
@@ -257,6 +281,13 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     )
 
 
+def typical(values: list[float], period: int) -> float:
+    """The median of all periods' means."""
+    num_periods = max(1, len(values) // period)
+    means = [statistics.mean(values[i * period : (i + 1) * period]) for i in range(num_periods)]
+    return statistics.median(means)
+
+
 def figures(
     config: TrainConfig, history: History, heldout: float, model: CharTransformer, corpus: Corpus
 ) -> dict[str, Any]:
@@ -270,8 +301,8 @@ def figures(
         "heldout_loss": heldout,
         "wire_bytes_per_step": per_step,
         "compression": dense_bytes / per_step,
-        "ms_per_step": float(torch.tensor(history.step_ms[tenth:]).median()),
-        "hook_ms": float(torch.tensor(history.hook_ms[tenth:]).median()),
+        "ms_per_step": typical(history.step_ms[tenth:], config.period),
+        "hook_ms": typical(history.hook_ms[tenth:], config.period),
         "learning_rate": learning_rate(config),
         "num_parameters": num_parameters,
         "losses": history.losses.tolist(),
@@ -297,9 +328,13 @@ def main(
     method: Annotated[Method, typer.Option(help="How gradients are sent.")] = "vsa",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
     compression: Annotated[
-        float | None, typer.Option(help="vsa: times fewer bits than float32; 64 if not given.", show_default=False)
+        float | None,
+        typer.Option(
+            help="vsa: times fewer bits than float32; 64 if not given, 256 for vsa-local.", show_default=False
+        ),
     ] = None,
     bundle: Annotated[int | None, typer.Option(help="vsa, instead of compression: slots per hypervector.")] = None,
+    period: Annotated[int, typer.Option(min=1, help="vsa-local: steps between two averages.")] = 1,
     wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
     ranks_per_node: Annotated[
         str,
@@ -325,11 +360,14 @@ def main(
     ranks = int(ranks_per_node) if ranks_per_node.isdecimal() else ranks_per_node
     check_settings(ranks_per_node=ranks)
     check_settings(compression=compression, bundle=bundle, wire=wire)
+    if phases and method == "vsa-local":
+        raise typer.BadParameter("predicts averaged gradients, and local steps have none.", param_hint="'--phases'")
     config = TrainConfig(
         method=method,
         steps=steps,
         compression=compression,
         bundle=bundle,
+        period=period,
         wire=wire,
         ranks_per_node=cast(RanksPerNode, ranks),
         optimizer=optimizer,

@@ -206,6 +206,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         check_checkpoint(checkpoint, TrainConfig(steps=5, compression=20, seed=3))
     with pytest.raises(typer.BadParameter, match="residuals differ from rank to rank"):
         check_checkpoint(checkpoint, TrainConfig(method="powersgd"))
+    with pytest.raises(typer.BadParameter, match="the optimizers of local steps differ from rank to rank"):
+        check_checkpoint(checkpoint, TrainConfig(method="vsa-local"))
     with pytest.raises(typer.BadParameter, match="/dev/null"):
         check_checkpoint(Checkpoint(folder=Path("/dev/null/x"), every=1), config)
 

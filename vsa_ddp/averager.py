@@ -112,7 +112,7 @@ class VsaModelAverager(ModelAverager):
         self.period = period
         self.warmup_steps = warmup_steps
         settings.setdefault("exact_steps", 0)
-        if settings.keys().isdisjoint({"compression", "bundle", "sparsity"}):
+        if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
         self._state = VsaState(process_group, config)
