@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -58,7 +58,6 @@ METHODS = (
 )
 """With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
 of n. "alone": no communication at all."""
-OURS = ("bundle", "sparsity", "vsa-local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     if name == "vsa-local":
         sparsity = int(number.partition(", n=")[2])
         return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=sparsity, exact_steps=0))
-    if name in OURS:
+    if name in ("bundle", "sparsity"):
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
     if name == "powersgd":
@@ -400,40 +399,53 @@ def _compression(runs: list[Record]) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Held-out loss against compression, a panel for each suite."""
+    """A column for each suite: held-out loss against compression, and training loss against steps, over seeds."""
     suites = {n: s for n, s in SUITES.items() if best_runs(s, "dense", results["runs"])}
     if not suites:
         return
-    figure, panels = plt.subplots(1, len(suites), figsize=(5 * len(suites), 4), squeeze=False, layout="constrained")
-    for (name, suite), panel in zip(suites.items(), panels[0], strict=True):
-        families: dict[str, list[tuple[float, Tensor]]] = {}
-        for method in METHODS:
-            runs = best_runs(suite, method, results["runs"])
-            if not runs or not all(math.isfinite(score(r)) for r in runs):
-                continue
-            losses = torch.tensor([score(r) for r in runs])
-            if sent := runs[0]["sent_bytes_per_step"]:
-                at = 4 * runs[0]["num_parameters"] / sent
-                families.setdefault(method.split()[0], []).append((at, losses))
-            else:
-                panel.axhline(losses.mean(), color="grey", linestyle=":", label="no communication")
-        for family, points in families.items():
-            points.sort(key=lambda point: point[0])
-            mean = torch.stack([losses.mean() for _, losses in points])
-            spread = torch.stack([losses.max() - losses.min() for _, losses in points]) / 2
-            thick = 2.5 if family in OURS else 1
-            panel.errorbar(
-                [at for at, _ in points],
-                mean,
-                spread,
-                marker="o",
-                label=f"vsa_ddp, {family}" if family in OURS else family,
-                linewidth=thick,
-            )
-        panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss", title=name)
-        panel.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    figure, panels = plt.subplots(2, len(suites), figsize=(6 * len(suites), 9), squeeze=False, layout="constrained")
+    for (name, suite), (by_bytes, by_steps) in zip(suites.items(), panels.T, strict=True):
+        found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
+        found = {method: runs for method, runs in found.items() if runs and math.isfinite(max(map(score, runs)))}
+        _plot_bytes(by_bytes, found)
+        _plot_steps(by_steps, {m: runs for m, runs in found.items() if len(runs) >= len(SEEDS)})
+        by_bytes.set(title=name)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
+    """A line for each family of methods, a point for each method: mean, least and most of its seeds."""
+    families: dict[str, list[tuple[float, list[float]]]] = {}
+    for method, runs in found.items():
+        losses = [score(r) for r in runs]
+        if sent := runs[0]["sent_bytes_per_step"]:
+            family = label(method).partition(",")[0].rstrip(" 0123456789")
+            families.setdefault(family, []).append((4 * runs[0]["num_parameters"] / sent, losses))
+        else:
+            panel.axhline(statistics.mean(losses), color="grey", linestyle=":", label=label(method))
+    for family, points in families.items():
+        points.sort()
+        mean = [statistics.mean(losses) for _, losses in points]
+        spread = [[m - min(each) for m, (_, each) in zip(mean, points, strict=True)]]
+        spread += [[max(each) - m for m, (_, each) in zip(mean, points, strict=True)]]
+        thick = 2.5 if family.startswith("`") else 1
+        panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family.strip("`"), linewidth=thick)
+    panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss")
+    panel.legend(fontsize=7)
+
+
+def _plot_steps(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
+    """A line for each method: mean, and a band from the least to the most of its seeds, of a hundredth of the steps."""
+    for method, runs in found.items():
+        window = max(1, len(runs[0]["losses"]) // 100)
+        curves = torch.tensor([r["losses"] for r in runs]).unfold(1, window, window).mean(2)
+        steps = [runs[0]["steps"] * (i + 1) / curves.shape[1] for i in range(curves.shape[1])]
+        (line,) = panel.plot(steps, curves.mean(0), label=f"{label(method).replace('`', '')}, {_compression(runs)}")
+        panel.fill_between(steps, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    panel.set(xscale="log", xlabel="step", ylabel="training loss")
+    if found:
+        panel.legend(fontsize=7)
 
 
 def main(
