@@ -108,9 +108,7 @@ def report(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The README's table: AdamW at the stated learning rates, mean over the seeds."""
-    lines = [
-        "| | learning rate | held-out loss | KiB per step | compression | ms per step | ms in hook, beside backward |"
-    ]
+    lines = ["| | learning rate | held-out loss | KiB per step | compression | ms per step | ms in hook or averager |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for method in METHODS:
         trained = find(results["runs"], optimizer="adamw", method=method, steps=TrainConfig.steps)
@@ -139,8 +137,8 @@ def _verdict(stated: list[Record]) -> list[str]:
     """Ours against the others, seed by seed."""
     lines = []
     by = {(run["method"], run["seed"]): run for run in stated}
-    for seed in SEEDS:
-        three = [by.get((method, seed)) for method in ("vsa", "dense", "powersgd")]
+    for ours, seed in itertools.product(("vsa", "vsa-local"), SEEDS):
+        three = [by.get((method, seed)) for method in (ours, "dense", "powersgd")]
         if any(run is None or run["heldout_loss"] is None for run in three):
             continue
         vsa, dense, powersgd = (run for run in three if run is not None)
@@ -150,8 +148,8 @@ def _verdict(stated: list[Record]) -> list[str]:
         }
         fewer = powersgd["wire_bytes_per_step"] / vsa["wire_bytes_per_step"]
         lines.append(
-            f"- seed {seed}: held-out loss {against['dense']:+.1f} % against plain DDP, {against['powersgd']:+.1f} % "
-            f"against PowerSGD, with {fewer:.1f} times fewer bytes than PowerSGD"
+            f"- {LABELS[ours]}, seed {seed}: held-out loss {against['dense']:+.1f} % against plain DDP, "
+            f"{against['powersgd']:+.1f} % against PowerSGD, with {fewer:.1f} times fewer bytes than PowerSGD"
         )
     return lines
 

@@ -58,6 +58,7 @@ METHODS = (
 )
 """With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
 of n. "alone": no communication at all."""
+OURS = ("bundle", "sparsity", "vsa-local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +355,13 @@ def label(method: str) -> str:
     }.get(name, method)
 
 
+def kind(method: str) -> str:
+    """What a method is, without what it is set to: "local 20" is local; "vsa-local 2, n=64" is vsa-local, n=64."""
+    name, _, number = method.partition(" ")
+    _, comma, code = number.partition(",")
+    return name + comma + code
+
+
 def summary(results: Results) -> str:
     """The README's table: the long suite's methods that ran with all seeds, by the bytes they save."""
     suite = SUITES["adamw-char"]
@@ -415,12 +423,12 @@ def plot(results: Results, file: Path) -> None:
 
 
 def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
-    """A line for each family of methods, a point for each method: mean, least and most of its seeds."""
+    """A line for each kind of method, a point for each method: mean, least and most of its seeds."""
     families: dict[str, list[tuple[float, list[float]]]] = {}
     for method, runs in found.items():
         losses = [score(r) for r in runs]
         if sent := runs[0]["sent_bytes_per_step"]:
-            family = label(method).partition(",")[0].rstrip(" 0123456789")
+            family = kind(method)
             families.setdefault(family, []).append((4 * runs[0]["num_parameters"] / sent, losses))
         else:
             panel.axhline(statistics.mean(losses), color="grey", linestyle=":", label=label(method))
@@ -429,14 +437,15 @@ def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
         mean = [statistics.mean(losses) for _, losses in points]
         spread = [[m - min(each) for m, (_, each) in zip(mean, points, strict=True)]]
         spread += [[max(each) - m for m, (_, each) in zip(mean, points, strict=True)]]
-        thick = 2.5 if family.startswith("`") else 1
-        panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family.strip("`"), linewidth=thick)
+        thick = 2.5 if family.startswith(OURS) else 1
+        panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
     panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss")
     panel.legend(fontsize=7)
 
 
 def _plot_steps(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
     """A line for each method: mean, and a band from the least to the most of its seeds, of a hundredth of the steps."""
+    panel.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for method, runs in found.items():
         window = max(1, len(runs[0]["losses"]) // 100)
         curves = torch.tensor([r["losses"] for r in runs]).unfold(1, window, window).mean(2)

@@ -106,7 +106,7 @@ class LockstepHook:
         scales = [state.measure_scales(codec, g_N, step) for g_N in gradient_WN]
         if state.sends_exact(step):
             self.counter.add(wire_bytes=gradient_WN[0].nbytes + scales[0].nbytes)
-            state.update_scales(codec, torch.stack(scales).mean(0))
+            state.update_scales(codec, step, torch.stack(scales).mean(0))
             return gradient_WN.mean(0)
         keys = codec.keys(step)
         sigma_T = state.sigma.of(codec.layout, CPU) if self._wire.shared_sigma else None
@@ -117,5 +117,5 @@ class LockstepHook:
         ]
         mean = exchange(self._wire, messages, self.counter)
         codec.decode_(gradient_WN[0], mean.rows, mean.exact_E, keys)
-        state.update_scales(codec, mean.scales_S, mean.sigma_T)
+        state.update_scales(codec, step, mean.scales_S, mean.sigma_T)
         return gradient_WN[0]

@@ -37,6 +37,8 @@ LABELS = {
     "vsa-local": "vsa_ddp, averager",
     "phases": "vsa_ddp, hook, phases",
 }
+PASSED_ON = ("method", "steps", "compression", "bundle", "period", "wire", "ranks_per_node", "optimizer", "lr", "seed")
+"""Settings that `launch.train` has an option for."""
 FIGURES = ("train_loss", "heldout_loss", "wire_bytes_per_step", "compression", "ms_per_step", "hook_ms")
 
 
@@ -60,18 +62,7 @@ def run_method(config: TrainConfig, ranks: int, *, show_bar: bool = True) -> dic
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "launch.train", "--json", str(file)]
-        for name in (
-            "method",
-            "steps",
-            "compression",
-            "bundle",
-            "period",
-            "wire",
-            "ranks_per_node",
-            "optimizer",
-            "lr",
-            "seed",
-        ):
+        for name in PASSED_ON:
             if getattr(config, name) is not None:
                 command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         command += ["--phases"] if config.phases else []
@@ -103,8 +94,8 @@ def _lines(file: str) -> list[str]:
 
 
 def print_table(runs: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title="One model, one data order, four ways to train it on all ranks")
-    table.add_column("method", no_wrap=True)
+    table = Table(title="One model, one data order, and how ranks train it together")
+    table.add_column("method")
     for column in (
         "lr",
         "train\nloss",
@@ -161,7 +152,9 @@ def main(
     ] = None,
     compression: Annotated[
         float | None,
-        typer.Option(help="vsa_ddp: times fewer bits than float32; 64 if not given, averager 256.", show_default=False),
+        typer.Option(
+            help="vsa_ddp: times fewer bits than float32; by itself 64, the averager 256.", show_default=False
+        ),
     ] = None,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all runs.")] = TrainConfig.optimizer,
     seed: Annotated[int, typer.Option(min=0, help="Seed of model, data order and keys.")] = TrainConfig.seed,

@@ -62,7 +62,9 @@ class TimedDDP(DistributedDataParallel):
 class TimedAverager(VsaModelAverager):
     """An averager that times itself, by the host's clock, from the end of the optimizer's step on."""
 
-    _ms = 0.0
+    def __init__(self, model: torch.nn.Module, period: int, **settings: Any) -> None:
+        super().__init__(model, period, **settings)
+        self._ms = 0.0
 
     def synchronize(self) -> None:
         if self._device.type == "cuda":

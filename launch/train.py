@@ -1,4 +1,4 @@
-"""Train a character-level transformer with one way of sending gradients.
+"""Train a character-level transformer on all ranks, in one of several ways.
 
     torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa --compression 80
     torchrun --standalone --nproc-per-node=2 -m launch.train --method vsa-local --period 5
@@ -6,7 +6,7 @@
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m launch.train --checkpoint runs/saved
 
 gloo on CPU; NCCL with one rank per GPU when there are GPUs. The hook is the one line in `compress`; the averager is
-made in `train` and called in `take_step`.
+made and called in `train`.
 """
 
 import json
@@ -43,9 +43,9 @@ OptimizerName = Literal["adamw", "sgd"]
 LEARNING_RATES: dict[tuple[str, str], float] = {
     ("adamw", "dense"): 4e-3,
     ("adamw", "powersgd"): 4e-3,
+    ("adamw", "vsa-local"): 4e-3,
     ("sgd", "dense"): 0.05,
     ("sgd", "powersgd"): 0.025,
-    ("adamw", "vsa-local"): 4e-3,
     ("sgd", "vsa"): 0.1,
     ("sgd", "vsa-local"): 0.05,
 }
@@ -171,7 +171,6 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     batch: tuple[torch.Tensor, torch.Tensor],
     phases: vsa_ddp.PhasedTrainer | None,
-    averager: vsa_ddp.VsaModelAverager | None,
 ) -> tuple[float, bool]:
     """One optimizer step. Returns the loss of the batch, and whether there was a backward pass."""
     if phases is None:
@@ -179,8 +178,6 @@ def take_step(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if averager is not None:
-            averager.average_parameters()
         return loss.item(), True
     with phases.step() as step:
         loss = model(*batch)
@@ -243,15 +240,17 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     if start_step and rank == 0:
         print(f"resumed after step {start_step}", file=sys.stderr, flush=True)
     hidden = rank != 0 or "TQDM_DISABLE" in os.environ
-    description = {"desc": f"{config.method:>8}", "unit": "step", "mininterval": 0.5}
+    description = {"desc": f"{config.method:>9}", "unit": "step", "mininterval": 0.5}
     bar = tqdm(total=config.steps, initial=start_step, disable=hidden, **description)
     sent_in_all, sent_before, ms, step = sum(history.wire_bytes), metered.wire_bytes(), 0.0, start_step
     while step < config.steps:
         x, target = (t.to(device) for t in windows(corpus.train, config.batch, config.length, order))
         start = time.perf_counter()
-        loss, has_backward = take_step(trained, optimizer, (x, target), phases, averager)
-        if averager is not None and step == config.steps - 1:
-            averager.synchronize()
+        loss, has_backward = take_step(trained, optimizer, (x, target), phases)
+        if averager is not None:
+            averager.average_parameters()
+            if step == config.steps - 1:
+                averager.synchronize()
         ms += (time.perf_counter() - start) * 1e3
         if not has_backward:
             continue
@@ -325,20 +324,20 @@ def heldout_loss(model: CharTransformer, corpus: Corpus, config: TrainConfig, de
 
 
 def main(
-    method: Annotated[Method, typer.Option(help="How gradients are sent.")] = "vsa",
+    method: Annotated[
+        Method, typer.Option(help="How ranks train together: vsa is the hook, vsa-local the averager.")
+    ] = "vsa",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
     compression: Annotated[
         float | None,
-        typer.Option(
-            help="vsa: times fewer bits than float32; 64 if not given, 256 for vsa-local.", show_default=False
-        ),
+        typer.Option(help="Ours: times fewer bits than float32; by itself 64, vsa-local 256.", show_default=False),
     ] = None,
-    bundle: Annotated[int | None, typer.Option(help="vsa, instead of compression: slots per hypervector.")] = None,
+    bundle: Annotated[int | None, typer.Option(help="Ours, instead of compression: slots per hypervector.")] = None,
     period: Annotated[int, typer.Option(min=1, help="vsa-local: steps between two averages.")] = 1,
-    wire: Annotated[WireName, typer.Option(help="vsa: how messages travel.")] = "all_gather",
+    wire: Annotated[WireName, typer.Option(help="Ours: how messages travel.")] = "all_gather",
     ranks_per_node: Annotated[
         str,
-        typer.Option(help='vsa: ranks that average in full precision before the wire; "local": those of a machine.'),
+        typer.Option(help='Ours: ranks that average in full precision before the wire; "local": those of a machine.'),
     ] = "1",
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = "adamw",
     lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own if not given.")] = None,
@@ -361,7 +360,9 @@ def main(
     check_settings(ranks_per_node=ranks)
     check_settings(compression=compression, bundle=bundle, wire=wire)
     if phases and method == "vsa-local":
-        raise typer.BadParameter("predicts averaged gradients, and local steps have none.", param_hint="'--phases'")
+        raise typer.BadParameter("predicts averaged gradients, and vsa-local has none.", param_hint="'--phases'")
+    if period > 1 and method != "vsa-local":
+        raise typer.BadParameter(f"is for vsa-local, and the method is {method}.", param_hint="'--period'")
     config = TrainConfig(
         method=method,
         steps=steps,

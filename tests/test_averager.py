@@ -251,4 +251,4 @@ def test_ranks_learn_from_what_only_others_see(tmp_path: Path) -> None:
     for own, other, stats in run_ranks(learns, 2, tmp_path):
         assert own == pytest.approx(other, rel=0.3)
         assert max(own, other) < 0.3
-        assert stats.compression > 70  # one of ten rounds is exact, which alone makes it less than 100
+        assert stats.compression > 100  # an exact round of the ten would make it less

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import bench_quickstart
-from launch import quickstart
+from launch import quickstart, train
 from launch.charlm import NUM_CHARACTERS, CharTransformer, Corpus, windows
 from launch.timing import TimedDDP
-from launch.train import TrainConfig, learning_rate, schedule
+from launch.train import TrainConfig, learning_rate, schedule, typical
 from tests.check_quickstart import check
 from tests.conftest import Shown
 from vsa_ddp import learning_rate_factor
@@ -44,6 +44,24 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(
     assert named in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--method", "dense", "--period", "5"], "'--period': is for vsa-local, and the method is dense"),
+        (["--method", "vsa-local", "--phases"], "'--phases': predicts averaged gradients, and vsa-local has none"),
+    ],
+)
+def test_an_option_of_another_method_is_refused(
+    arguments: list[str], named: str, command: Callable[..., Shown]
+) -> None:
+    assert named in command(train.main, *arguments).stderr
+
+
+def test_a_typical_step_has_its_share_of_an_average() -> None:
+    assert typical([1.0, 1.0, 10.0, 1.0, 1.0, 4.0, 1.0], period=3) == 3.0
+    assert typical([5.0], period=3) == 5.0
+
+
 def test_help_names_every_option(command: Callable[..., Shown]) -> None:
     outcome = command(quickstart.main, "--help")
     assert outcome.code == 0
@@ -59,8 +77,9 @@ def test_a_short_run_writes_its_report_and_plot(tmp_path: Path) -> None:
     outcome = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert outcome.returncode == 0, outcome.stderr
     check(tmp_path / "quickstart.json")
-    for label in ("plain DDP", "PowerSGD 4", "vsa_ddp", f"Written: {tmp_path / 'quickstart.json'} and"):
+    for label in ("plain DDP", "PowerSGD 4", "hook", "averager", f"Written: {tmp_path / 'quickstart.json'} and"):
         assert label in outcome.stdout
+    assert "…" not in outcome.stdout, "the table fits into 80 columns"
     report = json.loads((tmp_path / "quickstart.json").read_text())
     config, methods, stats = report["config"], report["methods"], report["phases"]
     assert 400_000 <= config["num_parameters"] <= 1_000_000

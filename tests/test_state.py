@@ -297,7 +297,7 @@ def test_a_saved_state_does_not_change_with_the_run() -> None:
     state = VsaState(config=VsaConfig(bundle=4))
     codec = make_codec(state)
     for value in (1.0, 2.0):
-        state.update_scales(codec, torch.full((96,), value), torch.full((1,), value))
+        state.update_scales(codec, 1, torch.full((96,), value), torch.full((1,), value))
         if value == 1.0:
             saved = state.state_dict()
     assert saved["scales"]["weight"]["row"].unique().tolist() == pytest.approx([0.1])
@@ -309,7 +309,7 @@ def test_a_shared_sigma_doubles_at_most_and_falls_at_once() -> None:
     codec = make_codec(state)
     seen = []
     for value in (1.0, 8.0, 8.0, 8.0, float("inf"), 0.5, 0.0, 3.0):
-        state.update_scales(codec, torch.zeros(0), torch.full((1,), value))
+        state.update_scales(codec, 1, torch.zeros(0), torch.full((1,), value))
         seen.append(state.state_dict()["sigma"]["weight"].item())
     assert seen == [1.0, 2.0, 4.0, 8.0, 8.0, 0.5, 0.0, 3.0]
 

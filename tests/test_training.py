@@ -25,9 +25,9 @@ STEPS = 6
 MATRIX: Shapes = (("weight", (64, 48)), ("bias", (48,)))
 
 
-def by_processes(rank: int, world_size: int, wire: str) -> tuple[list[dict[str, Tensor]], int]:
+def by_processes(rank: int, world_size: int, wire: str, exact_steps: int) -> tuple[list[dict[str, Tensor]], int]:
     model = DDP(net())
-    state = vsa_ddp.register(model, wire=wire)
+    state = vsa_ddp.register(model, wire=wire, exact_steps=exact_steps)
     history = []
     for step in range(STEPS):
         model.zero_grad()
@@ -36,13 +36,17 @@ def by_processes(rank: int, world_size: int, wire: str) -> tuple[list[dict[str, 
     return history, state.compression_stats().wire_bytes
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "exact_steps"), [(2, 0), (4, 1)])
 @pytest.mark.parametrize("wire", sorted(WIRES))
-def test_ranks_that_take_turns_have_the_bits_of_processes(tmp_path: Path, wire: str, world_size: int) -> None:
-    history, wire_bytes = run_ranks(by_processes, world_size, tmp_path, wire)[0]
+def test_ranks_that_take_turns_have_the_bits_of_processes(
+    tmp_path: Path, wire: str, world_size: int, exact_steps: int
+) -> None:
+    history, wire_bytes = run_ranks(by_processes, world_size, tmp_path, wire, exact_steps)[0]
     model = net()
     named = list(model.named_parameters())
-    hook = LockstepHook(tuple((name, tuple(p.shape)) for name, p in named), VsaConfig(wire=wire))  # type: ignore[arg-type]
+    hook = LockstepHook(
+        tuple((name, tuple(p.shape)) for name, p in named), VsaConfig(wire=wire, exact_steps=exact_steps)
+    )  # type: ignore[arg-type]
     for step in range(STEPS):
         rows = []
         for rank in range(world_size):
@@ -52,7 +56,7 @@ def test_ranks_that_take_turns_have_the_bits_of_processes(tmp_path: Path, wire: 
         mean_N = hook.average(torch.stack(rows))
         for (name, p), mine in zip(named, mean_N.split([p.numel() for _, p in named]), strict=True):
             expected = history[step][name].flatten()
-            if step == 0 or p.dim() < 2 or p.numel() < 1024:  # summed by the network, in its own order
+            if step < exact_steps or p.dim() < 2 or p.numel() < 1024:  # summed by the network, in its own order
                 torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-7)
             else:
                 assert torch.equal(mine, expected), (step, name)
@@ -142,6 +146,20 @@ def test_what_arrives_has_the_noise_and_the_bytes_that_the_settings_mean(wire: A
         bits = 8 * (hook.sent_bytes - before) / 5 / gradient_1N.numel()
         assert bits == pytest.approx((bits_per_trit(config.sparsity) + LEVEL_BITS) / config.bundle, rel=0.01)
         assert config.compression is None or 32 / bits > 0.9 * config.compression
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_first_step_without_scales_spoils_none_that_follows(wire: Any) -> None:
+    """Rows so loud that no other would be heard at their standard deviation."""
+    hook = LockstepHook((("weight", (512, 128)),), VsaConfig(wire=wire, bundle=1, exact_steps=0))
+    loudness = torch.ones(512, 1)
+    loudness[:8] = 100.0  # a rotation block
+    gradient_N = (torch.randn(512, 128, generator=torch.Generator().manual_seed(0)) * loudness).flatten()
+    for _ in range(4):
+        decoded_N = hook.average(gradient_N.clone()[None])
+        for rows in (slice(0, 8 * 128), slice(8 * 128, None)):
+            noise = (decoded_N - gradient_N)[rows].square().sum() / gradient_N[rows].square().sum()
+            assert noise < 0.9
 
 
 def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> None:

@@ -85,8 +85,8 @@ class VsaModelAverager(ModelAverager):
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
-            `exact_steps` is 0: an exact average weighs as much as hundreds of others. Their steps are averages here:
-            after every `check_interval` of them the ranks are compared.
+            `exact_steps` is 0, since an exact average has the bytes of 150 and more. Where settings speak of steps,
+            these are averages: after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,

@@ -49,12 +49,12 @@ def vsa_hook(
             done.value()  # raises here if a collective failed: never hand out a gradient that was not exchanged
             if exact:
                 keep_for_current_stream(scales_S)
-                state.update_scales(codec, scales_S)
+                state.update_scales(codec, step, scales_S)
             else:
                 keep_for_current_stream(keys.words)
                 mean = receive()
                 codec.decode_(buffer, mean.rows, mean.exact_E, keys)
-                state.update_scales(codec, mean.scales_S, mean.sigma_T)
+                state.update_scales(codec, step, mean.scales_S, mean.sigma_T)
         except Exception as error:
             state.courier.fail(error)
             raise

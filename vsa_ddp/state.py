@@ -136,12 +136,13 @@ class VsaState:
         keys_TC = codec.fresh_keys(step) if wire.fresh_keys else None
         return Message(codec.kernels, rows, exact_E, scales_S, sigma_T, keys_TC, codec.config.sparsity)
 
-    def update_scales(self, codec: Codec, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
+    def update_scales(self, codec: Codec, step: int, mean_scales_S: Tensor, sigma_T: Tensor | None = None) -> None:
         """Take in the ranks' mean of `measure_scales`, and the standard deviations if the wire shares them."""
         if mean_scales_S.numel():
             self.whitening.update(codec.layout, mean_scales_S)
             codec.refresh_factors()
-        if sigma_T is not None:
+        is_whitened = step > 0 or not self.config.whiten  # if not, it is no measure for rows that will be
+        if sigma_T is not None and is_whitened:
             self.sigma.update(codec.layout, sigma_T)
 
     def count_local_steps(self, dense_bytes: int, num_elements: int) -> None:

@@ -67,12 +67,13 @@ class Whitening:
     def factors(self, layout: BucketLayout) -> Tensor:
         """Factors of the scales, s_ij = row_i * col_j, each parameter's rows and then its columns; ones if nothing was
         measured. Shapes: -> (S,) float32."""
+        device = next((self._means[s.name][0].device for s in layout.compressed if s.name in self._means), None)
         factors = [torch.empty(0, dtype=torch.float32)]
         for s in layout.compressed:
             if s.name in self._means:
                 factors += map(relative_root, self._means[s.name])
             else:
-                factors.append(torch.ones(s.num_rows + s.num_cols, dtype=torch.float32))
+                factors.append(torch.ones(s.num_rows + s.num_cols, dtype=torch.float32, device=device))
         return torch.cat(factors[1:] or factors)
 
     def prepare(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
