@@ -115,7 +115,7 @@ SUITES = {
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
     ),
     "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3),
-    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.1),
+    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354),
     "sgd-digits": Suite(task="digits", optimizer="sgd", steps=300, base_lr=0.05),
     "adamw-digits": Suite(task="digits", optimizer="adamw", steps=300, base_lr=2e-3),
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3),
