@@ -58,6 +58,7 @@ QUICK = ("compute", "dense", "powersgd", "all_gather", "all_reduce", "two_shot")
 NOT_IN_SUMMARY = [
     ("compute", 0, 0, USUAL_MIB),
     ("fp16", 0, 0, USUAL_MIB),
+    ("all_gather", 1, 8, USUAL_MIB),
     ("all_gather", 1, 64, USUAL_MIB),
     ("two_shot", 2, 2, USUAL_MIB),
     ("all_gather", 4, 1, USUAL_MIB),
