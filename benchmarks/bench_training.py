@@ -28,7 +28,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from benchmarks import rivals
-from benchmarks.lockstep import LockstepHook, Shapes
+from benchmarks.lockstep import LockstepHook, Shapes, shapes_of
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
@@ -134,13 +134,19 @@ def family(trial: Trial) -> dict[str, Any]:
     return FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
 
 
+def parse(method: str) -> tuple[str, str, str]:
+    """What a method is, its number, and the sparsity of local steps: "vsa-local 8, n=64" is "vsa-local", "8", "64"."""
+    name, _, settings = method.partition(" ")
+    number, _, sparsity = settings.partition(", n=")
+    return name, number, sparsity
+
+
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
-    name, _, number = trial.method.partition(" ")
+    name, number, sparsity = parse(trial.method)
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        sparsity = int(number.partition(", n=")[2])
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=sparsity, exact_steps=0))
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), exact_steps=0))
     if name in ("bundle", "sparsity"):
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
@@ -161,8 +167,8 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
 
 def period(method: str) -> int | None:
     """Steps between averages of the weights; None for methods that average gradients."""
-    name, _, number = method.partition(" ")
-    return int(number.partition(",")[0] or 0) if name in ("local", "vsa-local", "alone") else None
+    name, number, _ = parse(method)
+    return int(number or 0) if name in ("local", "vsa-local", "alone") else None
 
 
 def run(trial: Trial) -> Record:
@@ -252,10 +258,6 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
     return losses, averager.sent_bytes if averager else 0.0, models
 
 
-def shapes_of(model: nn.Module) -> Shapes:
-    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
-
-
 def rank_orders(trial: Trial) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(1000 * trial.seed + rank) for rank in range(trial.world_size)]
 
@@ -274,7 +276,7 @@ def score(run: Record) -> float:
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for ours with AdamW, a quarter for signs, half for ranks that step alone; the dense rate for
     all others."""
-    name, _, number = method.partition(" ")
+    name, number, _ = parse(method)
     if name in ("bundle", "sparsity") and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**{name: int(number)})
     return suite.base_lr * {"demo": 0.25, "local": 0.5, "vsa-local": 0.5, "alone": 0.5}.get(name, 1.0)
@@ -341,25 +343,17 @@ def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
 
 def label(method: str) -> str:
     """A method in words that need no page."""
-    name, _, number = method.partition(" ")
-    every, _, sparsity = number.partition(", n=")
+    name, number, sparsity = parse(method)
     return {
         "dense": "plain DDP",
         "sparsity": f"`register`, n={number}",
         "bundle": f"`register`, B={number}",
-        "vsa-local": f"`VsaModelAverager`, period {every}, n={sparsity}",
+        "vsa-local": f"`VsaModelAverager`, period {number}, n={sparsity}",
         "powersgd": f"PowerSGD {number}",
         "demo": f"DeMo, {number} coefficients",
         "local": f"local SGD, period {number}",
         "alone": "no communication",
     }.get(name, method)
-
-
-def kind(method: str) -> str:
-    """What a method is, without what it is set to: "local 20" is local; "vsa-local 2, n=64" is vsa-local, n=64."""
-    name, _, number = method.partition(" ")
-    _, comma, code = number.partition(",")
-    return name + comma + code
 
 
 def summary(results: Results) -> str:
@@ -401,9 +395,15 @@ def report(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compression(runs: list[Record]) -> str:
+def compression(runs: list[Record]) -> float | None:
+    """Times fewer bytes than float32; None if nothing was sent."""
     sent = runs[0]["sent_bytes_per_step"]
-    return f"{4 * runs[0]['num_parameters'] / sent:.1f} x" if sent else "nothing sent"
+    return 4 * runs[0]["num_parameters"] / sent if sent else None
+
+
+def _compression(runs: list[Record]) -> str:
+    times = compression(runs)
+    return f"{times:.1f} x" if times else "nothing sent"
 
 
 def plot(results: Results, file: Path) -> None:
@@ -427,9 +427,10 @@ def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
     families: dict[str, list[tuple[float, list[float]]]] = {}
     for method, runs in found.items():
         losses = [score(r) for r in runs]
-        if sent := runs[0]["sent_bytes_per_step"]:
-            family = kind(method)
-            families.setdefault(family, []).append((4 * runs[0]["num_parameters"] / sent, losses))
+        if at := compression(runs):
+            name, _, sparsity = parse(method)
+            family = f"{name}, n={sparsity}" if sparsity else name
+            families.setdefault(family, []).append((at, losses))
         else:
             panel.axhline(statistics.mean(losses), color="grey", linestyle=":", label=label(method))
     for family, points in families.items():

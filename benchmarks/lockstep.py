@@ -6,7 +6,7 @@ Shape letters: W ranks, N elements of the gradient, P bytes of a packet.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 
 from vsa_ddp.codec import Codec
@@ -81,6 +81,10 @@ def exchange(wire: Wire, messages: list[Message], counter: ByteCounter) -> Mean:
             return mean
         for each in rounds[1:]:
             next(each)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
 
 
 class LockstepHook:

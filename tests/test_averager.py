@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import vsa_ddp
-from benchmarks.lockstep import LockstepHook
+from benchmarks.lockstep import LockstepHook, shapes_of
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaModelAverager, averager
@@ -49,8 +49,7 @@ def test_the_averages_have_the_bits_of_ranks_that_take_turns(tmp_path: Path, buc
 
     models = [net(), net()]
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in models]
-    named = models[0].named_parameters()
-    hook = LockstepHook(tuple((name, tuple(p.shape)) for name, p in named), VsaConfig(sparsity=64, exact_steps=0))  # type: ignore[arg-type]
+    hook = LockstepHook(shapes_of(models[0]), VsaConfig(sparsity=64, exact_steps=0))
     common_N = parameters_to_vector(models[0].parameters()).detach()
     for step in range(4 * PERIOD):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 import vsa_ddp
 from benchmarks import bench_training, rivals
 from benchmarks.bench_training import SEEDS, Suite, Trial, run, waiting
-from benchmarks.lockstep import LockstepHook, Shapes
+from benchmarks.lockstep import LockstepHook, Shapes, shapes_of
 from benchmarks.store import Record
 from tests.models import gradients, loss_of, net
 from tests.ranks import run_ranks
@@ -44,9 +44,7 @@ def test_ranks_that_take_turns_have_the_bits_of_processes(
     history, wire_bytes = run_ranks(by_processes, world_size, tmp_path, wire, exact_steps)[0]
     model = net()
     named = list(model.named_parameters())
-    hook = LockstepHook(
-        tuple((name, tuple(p.shape)) for name, p in named), VsaConfig(wire=wire, exact_steps=exact_steps)
-    )  # type: ignore[arg-type]
+    hook = LockstepHook(shapes_of(model), VsaConfig(wire=wire, exact_steps=exact_steps))  # type: ignore[arg-type]
     for step in range(STEPS):
         rows = []
         for rank in range(world_size):
