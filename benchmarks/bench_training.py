@@ -146,7 +146,8 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), exact_steps=0))
+        whiten = family(trial)["whiten"]
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), exact_steps=0, whiten=whiten))
     if name in ("bundle", "sparsity"):
         code = {name: int(number)}
         return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
@@ -299,9 +300,9 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     )
 
     def value(tried: Record) -> float:
-        """Its score; infinite if any seed diverged with the same settings: no way to train."""
+        """Its score; infinite if any seed diverged with the same settings, or ended a tenth higher: no way to train."""
         same = find(mine, lr=tried["lr"], momentum=tried["momentum"])
-        return math.inf if any(score(r) == math.inf for r in same) else score(tried)
+        return math.inf if any(score(r) > 1.1 * score(tried) for r in same) else score(tried)
 
     tried = find(mine, seed=SEEDS[0])
     rates = {round(2 * math.log2(r["lr"] / start)): r for r in find(tried, momentum=suite.momenta[0])}

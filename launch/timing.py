@@ -62,8 +62,8 @@ class TimedDDP(DistributedDataParallel):
 class TimedAverager(VsaModelAverager):
     """An averager that times itself, by the host's clock, from the end of the optimizer's step on."""
 
-    def __init__(self, model: torch.nn.Module, period: int, **settings: Any) -> None:
-        super().__init__(model, period, **settings)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+        super().__init__(model, optimizer, **settings)
         self._ms = 0.0
 
     def synchronize(self) -> None:

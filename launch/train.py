@@ -225,7 +225,7 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}
     trained, phases, averager = model, None, None
     if config.method == "vsa-local":
-        averager = clock = TimedAverager(model, config.period, **settings(config))
+        averager = clock = TimedAverager(model, optimizer, period=config.period, **settings(config))
     else:
         trained = clock = wrap(model, device, config)
         parts |= compress(clock, optimizer, config)

@@ -21,7 +21,8 @@ PERIOD = 3
 
 
 def make(model: torch.nn.Module, **settings: Any) -> tuple[torch.optim.Optimizer, VsaModelAverager]:
-    return torch.optim.AdamW(model.parameters(), 1e-2), VsaModelAverager(model, PERIOD, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    return optimizer, VsaModelAverager(model, optimizer, period=PERIOD, **settings)
 
 
 def train(
@@ -38,6 +39,7 @@ def in_small_buckets(rank: int, world_size: int, bucket_bytes: int) -> tuple[tor
     averager._BUCKET_BYTES = bucket_bytes
     model = net()
     optimizer, average = make(model)
+    assert "whiten=True" in repr(average)
     train(model, optimizer, average, rank, range(4 * PERIOD))
     return parameters_to_vector(model.parameters()).detach(), average.compression_stats()
 
@@ -74,7 +76,8 @@ def by_the_dense_wire(rank: int, world_size: int) -> tuple[torch.Tensor, torch.T
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     local = PostLocalSGDState(None, None, start_localSGD_iter=2, post_local_gradient_allreduce=False)
     model.register_comm_hook(local, post_localSGD_hook)
-    average = VsaModelAverager(model, PERIOD, warmup_steps=2, wire="dense")
+    average = VsaModelAverager(model, optimizer, period=PERIOD, warmup_steps=2, wire="dense")
+    assert "whiten=False, gain='unbiased'" in repr(average)
     train(model, optimizer, average, rank, range(2))
     warm_N = parameters_to_vector(model.parameters()).detach().clone()
     train(model, optimizer, average, rank, range(2, 2 + PERIOD - 1))
@@ -131,7 +134,7 @@ def one_step_after_long_periods(rank: int, world_size: int, wire: str) -> tuple[
     """Cosine and quotient of lengths of what an average of one step changed, and of that step."""
     torch.manual_seed(0)
     model, change = torch.nn.Linear(64, 64, bias=False), torch.randn(64, 64)
-    average = VsaModelAverager(model, 20, wire=wire, compression=20)
+    average = VsaModelAverager(model, period=20, wire=wire, compression=20)
     for _ in range(41):
         with torch.no_grad():
             before = model.weight.clone()
@@ -154,7 +157,7 @@ def by_torchs_optimizer(rank: int, world_size: int) -> list[str]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64).bfloat16())
     model[0].weight.requires_grad_(False)
-    average = VsaModelAverager(model, 2)
+    average = VsaModelAverager(model, period=2)
     optimizer = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), 0.1), average)
     found = []
     for step in range(6):
@@ -197,9 +200,9 @@ def refused(rank: int, world_size: int) -> list[str]:
     messages = []
     for make_it in (
         lambda: VsaModelAverager(net(seed=rank)),
-        lambda: VsaModelAverager(net(), 10 + rank),
+        lambda: VsaModelAverager(net(), period=10 + rank),
         lambda: VsaModelAverager(net(), compression=20 + rank),
-        lambda: VsaModelAverager(net(), 0),
+        lambda: VsaModelAverager(net(), period=0),
         lambda: VsaModelAverager(net(), warmup_steps=-1),
         lambda: VsaModelAverager(net(), bundles=2),
         lambda: VsaModelAverager(net().requires_grad_(False)),
@@ -233,7 +236,7 @@ def learns(rank: int, world_size: int) -> tuple[float, float, vsa_ddp.Compressio
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    average = VsaModelAverager(model, 10)
+    average = VsaModelAverager(model, optimizer, period=10)
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     y = x[:, :10].argmax(1)
     share = slice(rank * 256, rank * 256 + 256)  # each rank sees its own half alone

@@ -144,6 +144,11 @@ def test_the_family_is_that_of_the_wrapped_optimizer() -> None:
         assert optimizer_family(wrapper) == "sgd"
 
 
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match="optimizer must be a torch Optimizer or None, got 320"):
+        optimizer_family(320)  # type: ignore[arg-type]
+
+
 def test_a_state_shows_its_settings() -> None:
     assert "bundle=16" in repr(VsaState(config=VsaConfig(bundle=16)))
 

@@ -107,7 +107,7 @@ def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
     torch.cuda.set_device(rank % torch.cuda.device_count())
     model = net().cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    average = vsa_ddp.VsaModelAverager(model, 3)
+    average = vsa_ddp.VsaModelAverager(model, optimizer, period=3)
     x, target = (t.cuda() for t in batch(0, rank))
     losses = []
     for _ in range(30):

@@ -172,13 +172,14 @@ def test_the_search_finds_the_best_learning_rate_and_then_runs_every_seed() -> N
     assert len(runs) == 7 + 2 + len(SEEDS) - 1
 
 
-def test_settings_at_which_some_seed_diverges_are_not_taken() -> None:
+@pytest.mark.parametrize("bad_loss", [None, 6.0])
+def test_settings_at_which_some_seed_cannot_train_are_not_taken(bad_loss: float | None) -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
     runs: list[Record] = []
     while planned := list(waiting(suite, "dense", runs)):
         bad = [t.seed == 2 and t.lr > 0.15 for t in planned]
         runs += [
-            {**vars(t), "heldout_loss": None if b else abs(math.log2(t.lr / 0.4))}
+            {**vars(t), "heldout_loss": bad_loss if b else abs(math.log2(t.lr / 0.4))}
             for t, b in zip(planned, bad, strict=True)
         ]
     best = bench_training.best_runs(suite, "dense", runs)

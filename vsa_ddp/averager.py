@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+from torch.optim import Optimizer
 
 from vsa_ddp.agreement import check_agreement, digests
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
+from vsa_ddp.register import FAMILY_SETTINGS, optimizer_family
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
@@ -66,7 +68,7 @@ class _Bucket:
 class VsaModelAverager(ModelAverager):
     """Averages the ranks' models every `period` steps, in place of their gradients in each.
 
-        averager = vsa_ddp.VsaModelAverager(model, period=5)
+        averager = vsa_ddp.VsaModelAverager(model, optimizer, period=5)
         for x, y in loader:
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
@@ -81,11 +83,13 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
+        optimizer: decides whitening by its family, as for `register`; None means Adam-like.
         period: steps between two averages. 1 averages the updates of every step.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
-            `exact_steps` is 0, since an exact average has the bytes of 150 and more. Where settings speak of steps,
+            `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
+            optimizer, since nothing makes up for updates that are too short. Where settings speak of steps,
             these are averages: after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
@@ -93,14 +97,15 @@ class VsaModelAverager(ModelAverager):
     Basu et al. 2019, arXiv:1906.02367.
 
     Making one is collective over the group, and blocks. Raises: ValueError for an impossible setting; and on every rank
-    if settings or parameters differ between ranks. TypeError for complex parameters.
+    if settings or parameters differ between ranks. TypeError for complex parameters, or an `optimizer` that is none.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        period: int = 1,
+        optimizer: Optimizer | None = None,
         *,
+        period: int = 1,
         warmup_steps: int = 0,
         process_group: dist.ProcessGroup | None = None,
         **settings: Any,
@@ -111,7 +116,8 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
-        settings.setdefault("exact_steps", 0)
+        whiten = FAMILY_SETTINGS[optimizer_family(optimizer)]["whiten"]
+        settings = {"exact_steps": 0, "whiten": whiten, **settings}
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)

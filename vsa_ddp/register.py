@@ -27,7 +27,12 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
 
 
 def optimizer_family(optimizer: Optimizer | None) -> Family:
-    """ "sgd" for plain and momentum SGD and its kin, "adam" for every optimizer that normalises, and for None."""
+    """ "sgd" for plain and momentum SGD and its kin, "adam" for every optimizer that normalises, and for None.
+
+    Raises: TypeError for what is no optimizer.
+    """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch Optimizer or None, got {optimizer!r}; settings go by name.")
     # Wrappers keep the real one there: ZeroRedundancyOptimizer in `optim`, Accelerate's and Lightning's in `optimizer`
     while inner := getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None):
         optimizer = inner
@@ -69,8 +74,8 @@ def register(
         settings: fields of `VsaConfig` that override the choice, `compression=320` for example.
 
     With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor`, of the same settings.
-    Raises: TypeError if the model is not a DistributedDataParallel; ValueError for an impossible setting, or an
-        optimizer that steps inside a hook of its own; RuntimeError if the model has a hook already.
+    Raises: TypeError if the model is not a DistributedDataParallel, or the optimizer none; ValueError for an impossible
+        setting, or an optimizer that steps inside a hook of its own; RuntimeError if the model has a hook already.
     """
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
