@@ -375,7 +375,8 @@ def summary(results: Results) -> str:
 def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
     lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)
-    lines += ["", f"Fewer than {len(SEEDS)} losses in brackets: this method's search is not at its end."]
+    lines += ["", "Each suite's plots lie beside this page, under its name."]
+    lines += [f"Fewer than {len(SEEDS)} losses in brackets: this method's search is not at its end."]
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         if not any(found.values()):
@@ -407,20 +408,20 @@ def _compression(runs: list[Record]) -> str:
     return f"{times:.1f} x" if times else "nothing sent"
 
 
-def plot(results: Results, file: Path) -> None:
-    """A column for each suite: held-out loss against compression, and training loss against steps, over seeds."""
-    suites = {n: s for n, s in SUITES.items() if best_runs(s, "dense", results["runs"])}
-    if not suites:
-        return
-    figure, panels = plt.subplots(2, len(suites), figsize=(6 * len(suites), 9), squeeze=False, layout="constrained")
-    for (name, suite), (by_bytes, by_steps) in zip(suites.items(), panels.T, strict=True):
+def plot(results: Results, beside: Path) -> None:
+    """A picture for each suite, its name behind that of the results file: held-out loss against compression, and
+    training loss against steps, over seeds."""
+    for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         found = {method: runs for method, runs in found.items() if runs and math.isfinite(max(map(score, runs)))}
+        if "dense" not in found:
+            continue
+        figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
         _plot_bytes(by_bytes, found)
         _plot_steps(by_steps, {m: runs for m, runs in found.items() if len(runs) >= len(SEEDS)})
-        by_bytes.set(title=name)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+        figure.suptitle(f"{name}: {suite.task}, {suite.steps} steps, {suite.world_size} ranks")
+        figure.savefig(beside.with_name(f"{beside.stem}_{name}.png"), dpi=90)
+        plt.close(figure)
 
 
 def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
@@ -489,7 +490,7 @@ def main(
         return
     store.write_page(report)
     if store.file is not None:
-        plot(store.results, store.file.with_suffix(".png"))
+        plot(store.results, store.file)
 
 
 if __name__ == "__main__":
