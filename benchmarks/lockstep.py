@@ -35,22 +35,33 @@ class LockstepLink(Link):
         self._inspection = Inspection()
         self.handed: list[tuple[str, Tensor, Tensor]] = []
         """Collective, what was handed over, where to put what comes of it."""
+        self._futures: list[Future[Any]] = []
 
     def _gather(self, packet_P: Tensor) -> tuple[Future[Any], Tensor]:
         out_WP = packet_P.new_empty(self.world_size, *packet_P.shape)
         self.handed.append(("all_gather", packet_P, out_WP))
-        return Future(), out_WP
+        return self._future(), out_WP
 
     def _exchange(self, packets_WP: Tensor) -> tuple[Future[Any], Tensor]:
         out_WP = torch.empty_like(packets_WP)
         self.handed.append(("all_to_all", packets_WP, out_WP))
-        return Future(), out_WP
+        return self._future(), out_WP
 
     def all_reduce_sum_(self, *tensors: Tensor) -> Future[Any]:
         for tensor in tensors:
             self._count(tensor.nbytes, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
             self.handed.append(("all_reduce", tensor, tensor))
-        return Future()
+        return self._future()
+
+    def _future(self) -> Future[Any]:
+        self._futures.append(Future())
+        return self._futures[-1]
+
+    def finish(self) -> None:
+        """All that was handed over has arrived. A future that never ends would keep its messages for good."""
+        self.handed.clear()
+        while self._futures:
+            self._futures.pop().set_result(None)
 
 
 def deliver(links: list[LockstepLink]) -> None:
@@ -62,7 +73,7 @@ def deliver(links: list[LockstepLink]) -> None:
             arrived = {"all_gather": handed, "all_to_all": handed[:, rank], "all_reduce": handed.sum(0)}[kind]
             out.copy_(arrived)
     for link in links:
-        link.handed.clear()
+        link.finish()
 
 
 def exchange(wire: Wire, messages: list[Message], counter: ByteCounter) -> Mean:

@@ -1,5 +1,6 @@
 """Ranks that take turns give the bits of processes; rivals are what their papers say; the search finds the best."""
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,23 @@ def test_averaging_weights_in_every_step_of_plain_sgd_is_averaging_gradients() -
     together = run(Trial(method="dense", **plain))  # type: ignore[arg-type]
     assert apart["heldout_loss"] == pytest.approx(together["heldout_loss"], rel=1e-4)
     assert apart["sent_bytes_per_step"] == together["sent_bytes_per_step"]
+
+
+@pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])
+def test_ranks_that_take_turns_keep_no_message(wire: Any) -> None:
+    hook = LockstepHook((("weight", (512, 128)),), VsaConfig(wire=wire, bundle=1))
+    gradient_N = torch.randn(1, 512 * 128)
+
+    def num_tensors() -> int:
+        gc.collect()
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    hook.average(gradient_N)
+    hook.average(gradient_N)
+    before = num_tensors()
+    for _ in range(10):
+        hook.average(gradient_N)
+    assert num_tensors() == before
 
 
 @pytest.mark.parametrize("method", ["dense", "sparsity 8", "powersgd 1", "local 4", "vsa-local 4, n=64", "alone"])
