@@ -7,7 +7,7 @@
 
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
-its best is at an end, then other momenta at the best; the other seeds run at the best of both at which none diverges.
+its best is at an end, then other momenta at the best; the other seeds run at the best of both at which all train.
 Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
@@ -274,6 +274,11 @@ def score(run: Record) -> float:
     return math.inf if run["heldout_loss"] is None else run["heldout_loss"]
 
 
+def trains(runs: list[Record]) -> bool:
+    """Whether no seed diverged, or ended more than a tenth above the best: else such settings are no way to train."""
+    return max(map(score, runs)) <= 1.1 * min(map(score, runs)) < math.inf
+
+
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for ours with AdamW, a quarter for signs, half for ranks that step alone; the dense rate for
     all others."""
@@ -300,9 +305,7 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     )
 
     def value(tried: Record) -> float:
-        """Its score; infinite if any seed diverged with the same settings, or ended a tenth higher: no way to train."""
-        same = find(mine, lr=tried["lr"], momentum=tried["momentum"])
-        return math.inf if any(score(r) > 1.1 * score(tried) for r in same) else score(tried)
+        return score(tried) if trains(find(mine, lr=tried["lr"], momentum=tried["momentum"])) else math.inf
 
     tried = find(mine, seed=SEEDS[0])
     rates = {round(2 * math.log2(r["lr"] / start)): r for r in find(tried, momentum=suite.momenta[0])}
@@ -339,6 +342,7 @@ def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
     for r in find(suite.among(runs), method=method):
         groups.setdefault((r["lr"], r["momentum"]), []).append(r)
     full = [g for g in groups.values() if {r["seed"] for r in g} >= set(SEEDS)] or list(groups.values())
+    full = [g for g in full if trains(g)] or full
     return min(full, key=lambda g: statistics.mean(map(score, g)), default=[])
 
 
@@ -375,9 +379,9 @@ def summary(results: Results) -> str:
 
 
 def _complete(suite: Suite, method: str, results: Results) -> list[Record]:
-    """Its best runs, if they have all seeds."""
+    """Its best runs, if they have all seeds and none diverged."""
     runs = best_runs(suite, method, results["runs"])
-    return runs if len(runs) >= len(SEEDS) else []
+    return runs if len(runs) >= len(SEEDS) and trains(runs) else []
 
 
 def _cell(method: str, runs: list[Record], dense: list[Record]) -> str:

@@ -81,17 +81,17 @@ def exchange(wire: Wire, messages: list[Message], counter: ByteCounter) -> Mean:
     w = len(messages)
     links = [LockstepLink(rank, w, counter if rank == 0 else ByteCounter()) for rank in range(w)]
     rounds = [wire.exchange(message, link) for message, link in zip(messages, links, strict=True)]
-    for each in rounds:
-        next(each)
+    arrivals = [next(each) for each in rounds]
     while True:
         deliver(links)
+        for arrival in arrivals:
+            arrival.wait()
         try:
-            next(rounds[0])
+            arrivals = [next(rounds[0])]
         except StopIteration as finished:
             mean: Mean = finished.value
             return mean
-        for each in rounds[1:]:
-            next(each)
+        arrivals += [next(each) for each in rounds[1:]]
 
 
 def shapes_of(model: nn.Module) -> Shapes:

@@ -20,8 +20,10 @@ from vsa_ddp import VsaConfig, VsaModelAverager, averager
 PERIOD = 3
 
 
-def make(model: torch.nn.Module, **settings: Any) -> tuple[torch.optim.Optimizer, VsaModelAverager]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+def make(
+    model: torch.nn.Module, family: str = "AdamW", **settings: Any
+) -> tuple[torch.optim.Optimizer, VsaModelAverager]:
+    optimizer = getattr(torch.optim, family)(model.parameters(), 1e-2)
     return optimizer, VsaModelAverager(model, optimizer, period=PERIOD, **settings)
 
 
@@ -35,23 +37,23 @@ def train(
         average.average_parameters()
 
 
-def in_small_buckets(rank: int, world_size: int, bucket_bytes: int) -> tuple[torch.Tensor, Any]:
+def in_small_buckets(rank: int, world_size: int, bucket_bytes: int, family: str) -> tuple[torch.Tensor, Any]:
     averager._BUCKET_BYTES = bucket_bytes
     model = net()
-    optimizer, average = make(model)
-    assert "whiten=True" in repr(average)
+    optimizer, average = make(model, family)
     train(model, optimizer, average, rank, range(4 * PERIOD))
     return parameters_to_vector(model.parameters()).detach(), average.compression_stats()
 
 
-@pytest.mark.parametrize("bucket_bytes", [averager._BUCKET_BYTES, 1])
-def test_the_averages_have_the_bits_of_ranks_that_take_turns(tmp_path: Path, bucket_bytes: int) -> None:
-    (mine_N, stats), (theirs_N, _) = run_ranks(in_small_buckets, 2, tmp_path, bucket_bytes)
+@pytest.mark.parametrize(("bucket_bytes", "family"), [(averager._BUCKET_BYTES, "AdamW"), (1, "SGD")])
+def test_the_averages_have_the_bits_of_ranks_that_take_turns(tmp_path: Path, bucket_bytes: int, family: str) -> None:
+    (mine_N, stats), (theirs_N, _) = run_ranks(in_small_buckets, 2, tmp_path, bucket_bytes, family)
     assert torch.equal(mine_N, theirs_N)
 
     models = [net(), net()]
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in models]
-    hook = LockstepHook(shapes_of(models[0]), VsaConfig(sparsity=64, exact_steps=0))
+    optimizers = [getattr(torch.optim, family)(m.parameters(), 1e-2) for m in models]
+    config = VsaConfig(sparsity=64, exact_steps=0, whiten=family == "AdamW")
+    hook = LockstepHook(shapes_of(models[0]), config)
     common_N = parameters_to_vector(models[0].parameters()).detach()
     for step in range(4 * PERIOD):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
@@ -134,7 +136,7 @@ def one_step_after_long_periods(rank: int, world_size: int, wire: str) -> tuple[
     """Cosine and quotient of lengths of what an average of one step changed, and of that step."""
     torch.manual_seed(0)
     model, change = torch.nn.Linear(64, 64, bias=False), torch.randn(64, 64)
-    average = VsaModelAverager(model, period=20, wire=wire, compression=20)
+    average = VsaModelAverager(model, None, period=20, wire=wire, compression=20)
     for _ in range(41):
         with torch.no_grad():
             before = model.weight.clone()
@@ -157,8 +159,9 @@ def by_torchs_optimizer(rank: int, world_size: int) -> list[str]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64).bfloat16())
     model[0].weight.requires_grad_(False)
-    average = VsaModelAverager(model, period=2)
-    optimizer = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), 0.1), average)
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    average = VsaModelAverager(model, own, period=2)
+    optimizer = PostLocalSGDOptimizer(own, average)
     found = []
     for step in range(6):
         generator = torch.Generator().manual_seed(10 * step + rank)
@@ -197,15 +200,18 @@ def test_ranks_out_of_step_and_parameters_that_came_later_are_refused(tmp_path: 
 
 
 def refused(rank: int, world_size: int) -> list[str]:
-    messages = []
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # it warns in every process that imports it
+
+    model, messages = net(), []
     for make_it in (
-        lambda: VsaModelAverager(net(seed=rank)),
-        lambda: VsaModelAverager(net(), period=10 + rank),
-        lambda: VsaModelAverager(net(), compression=20 + rank),
-        lambda: VsaModelAverager(net(), period=0),
-        lambda: VsaModelAverager(net(), warmup_steps=-1),
-        lambda: VsaModelAverager(net(), bundles=2),
-        lambda: VsaModelAverager(net().requires_grad_(False)),
+        lambda: VsaModelAverager(net(seed=rank), None),
+        lambda: VsaModelAverager(net(), None, period=10 + rank),
+        lambda: VsaModelAverager(net(), None, compression=20 + rank),
+        lambda: VsaModelAverager(net(), None, period=0),
+        lambda: VsaModelAverager(net(), None, warmup_steps=-1),
+        lambda: VsaModelAverager(net(), None, bundles=2),
+        lambda: VsaModelAverager(net().requires_grad_(False), None),
+        lambda: VsaModelAverager(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
     ):
         with pytest.raises(ValueError) as raised:  # noqa: PT011  # the messages are compared below
             make_it()
@@ -226,6 +232,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
                 "warmup_steps must be an int of at least 0, got -1",
                 "unknown setting bundles",
                 "no parameter that requires a gradient",
+                "give every rank an optimizer of its own",
             ),
             strict=True,
         ):

@@ -234,6 +234,10 @@ def test_other_settings_than_saved_are_logged(tmp_path: Path, caplog: pytest.Log
         "setting sparsity was 8 in the loaded state and is 16 now",
     ]
     assert state.config.sparsity == 16
+    assert state.state_dict()["scales"]
+    unwhitened = VsaState(config=VsaConfig(whiten=False))
+    unwhitened.load_state_dict(saved)  # whose scales would be out of date if whitening came back
+    assert not unwhitened.state_dict()["scales"]
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])

@@ -83,7 +83,8 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
-        optimizer: decides whitening by its family, as for `register`; None means Adam-like.
+        optimizer: this rank's. Decides whitening by its family: torch's SGD is not whitened, all others and None are;
+            `whiten=False` is right for an SGD that is not torch's.
         period: steps between two averages. 1 averages the updates of every step.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
@@ -96,14 +97,15 @@ class VsaModelAverager(ModelAverager):
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
     Basu et al. 2019, arXiv:1906.02367.
 
-    Making one is collective over the group, and blocks. Raises: ValueError for an impossible setting; and on every rank
-    if settings or parameters differ between ranks. TypeError for complex parameters, or an `optimizer` that is none.
+    Making one is collective over the group, and blocks. Raises: ValueError for an impossible setting, or an optimizer
+    that the ranks share; and on every rank if settings or parameters differ between ranks. TypeError for complex
+    parameters, or an `optimizer` that is none.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | None,
         *,
         period: int = 1,
         warmup_steps: int = 0,
@@ -113,6 +115,11 @@ class VsaModelAverager(ModelAverager):
         for name, value, least in (("period", period, 1), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+        if hasattr(optimizer, "_overlap_with_ddp"):  # torch's ZeroRedundancyOptimizer, whose import warns
+            raise ValueError(
+                "ZeroRedundancyOptimizer sends every rank's share of the parameters in each step, so ranks cannot step "
+                "alone; give every rank an optimizer of its own."
+            )
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps

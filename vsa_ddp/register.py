@@ -26,15 +26,21 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
 }
 
 
+# Where wrappers keep the real one: ZeroRedundancyOptimizer, Accelerate's and Lightning's, SAM's
+_WRAPPED = ("optim", "optimizer", "base_optimizer")
+
+
 def optimizer_family(optimizer: Optimizer | None) -> Family:
     """ "sgd" for plain and momentum SGD and its kin, "adam" for every optimizer that normalises, and for None.
 
     Raises: TypeError for what is no optimizer.
     """
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"optimizer must be a torch Optimizer or None, got {optimizer!r}; settings go by name.")
-    # Wrappers keep the real one there: ZeroRedundancyOptimizer in `optim`, Accelerate's and Lightning's in `optimizer`
-    while inner := getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None):
+        raise TypeError(
+            f"optimizer must be a torch Optimizer or None, got {type(optimizer).__name__}; of several pass one, and "
+            "settings by name."
+        )
+    while inner := next(filter(None, (getattr(optimizer, name, None) for name in _WRAPPED)), None):
         optimizer = inner
     return "sgd" if isinstance(optimizer, SGD | ASGD | Rprop) else "adam"
 
