@@ -121,7 +121,7 @@ SUITES = {
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5),
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=200, base_lr=4e-3, methods=_FEWER),
     "adamw-char-16": Suite(
-        task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3, world_size=16, methods=_FEWER
+        task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_FEWER
     ),
 }
 
