@@ -363,8 +363,9 @@ def label(method: str) -> str:
 
 def summary(results: Results) -> str:
     """The README's table: methods that ran with all seeds in at least four suites, by the bytes they save."""
-    suites = {name: suite for name, suite in SUITES.items() if _complete(suite, "dense", results)}
-    found = {method: {name: _complete(s, method, results) for name, s in suites.items()} for method in METHODS}
+    found = {m: {name: _complete(suite, m, results) for name, suite in SUITES.items()} for m in METHODS}
+    suites = [name for name in SUITES if found["dense"][name] and sum(bool(by[name]) for by in found.values()) > 1]
+    found = {method: {name: by[name] for name in suites} for method, by in found.items()}
     found = {method: by for method, by in found.items() if sum(map(bool, by.values())) >= 4}
 
     def saving(method: str) -> float:
