@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import torch
@@ -36,7 +36,8 @@ from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.register import FAMILY_SETTINGS
+from vsa_ddp.averager import default_settings
+from vsa_ddp.register import FAMILY_SETTINGS, Family
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
 SEEDS = (0, 1, 2)
@@ -129,11 +130,6 @@ SUITES = {
 # Running
 
 
-def family(trial: Trial) -> dict[str, Any]:
-    """Settings that `register` chooses by the optimizer."""
-    return FAMILY_SETTINGS["adam" if trial.optimizer == "adamw" else "sgd"]
-
-
 def parse(method: str) -> tuple[str, str, str]:
     """What a method is, its number, and the sparsity of local steps: "vsa-local 8, n=64" is "vsa-local", "8", "64"."""
     name, _, settings = method.partition(" ")
@@ -143,14 +139,14 @@ def parse(method: str) -> tuple[str, str, str]:
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, number, sparsity = parse(trial.method)
+    family: Family = "adam" if trial.optimizer == "adamw" else "sgd"
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        whiten = family(trial)["whiten"]
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), exact_steps=0, whiten=whiten))
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family)))
     if name in ("bundle", "sparsity"):
         code = {name: int(number)}
-        return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **family(trial)}))
+        return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **FAMILY_SETTINGS[family]}))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     if name == "demo":

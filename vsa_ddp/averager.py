@@ -19,7 +19,7 @@ from vsa_ddp.agreement import check_agreement, digests
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
-from vsa_ddp.register import FAMILY_SETTINGS, optimizer_family
+from vsa_ddp.register import FAMILY_SETTINGS, Family, optimizer_family
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
@@ -27,6 +27,11 @@ from vsa_ddp.version import __version__
 COMPRESSION = 256.0
 """Where nothing is said: four times that of gradients, since no optimizer divides by the noise."""
 _BUCKET_BYTES = 25 * 2**20
+
+
+def default_settings(family: Family) -> dict[str, Any]:
+    """Settings of an averager that are not `VsaConfig`'s own, beside `COMPRESSION`."""
+    return {"exact_steps": 0, "whiten": FAMILY_SETTINGS[family]["whiten"]}
 
 
 class _Bucket:
@@ -123,8 +128,7 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
-        whiten = FAMILY_SETTINGS[optimizer_family(optimizer)]["whiten"]
-        settings = {"exact_steps": 0, "whiten": whiten, **settings}
+        settings = {**default_settings(optimizer_family(optimizer)), **settings}
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)

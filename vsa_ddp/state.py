@@ -214,10 +214,10 @@ class VsaState:
         self.step = state["step"]
         self._chosen = state["chosen_wire"] if self.config.wire == "auto" else None
         self._counter = ByteCounter(Totals(**state["totals"]))
-        if mine["whiten"] != saved.get("whiten"):
-            return  # what was measured is no measure for rows that are whitened otherwise
-        self.whitening.load_state_dict({name: pair for name, pair in state["scales"].items() if name in same})
-        self.sigma.load_state_dict({name: sigma for name, sigma in state["sigma"].items() if name in same})
+        # what was measured is no measure for rows that are whitened otherwise
+        known = same if mine["whiten"] == saved.get("whiten") else ()
+        self.whitening.load_state_dict({name: pair for name, pair in state["scales"].items() if name in known})
+        self.sigma.load_state_dict({name: sigma for name, sigma in state["sigma"].items() if name in known})
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
