@@ -28,7 +28,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from benchmarks import rivals
-from benchmarks.lockstep import LockstepHook, Shapes, shapes_of
+from benchmarks.lockstep import LockstepAverager, LockstepHook, Shapes, shapes_of
 from benchmarks.rivals import Averager
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
@@ -36,7 +36,7 @@ from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.averager import default_settings
+from vsa_ddp.averager import default_settings, rescales
 from vsa_ddp.register import FAMILY_SETTINGS, Family
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
@@ -137,16 +137,21 @@ def parse(method: str) -> tuple[str, str, str]:
     return name, number, sparsity
 
 
+def family(optimizer: OptimizerName) -> Family:
+    return "adam" if optimizer == "adamw" else "sgd"
+
+
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, number, sparsity = parse(trial.method)
-    family: Family = "adam" if trial.optimizer == "adamw" else "sgd"
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family)))
+        config = VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family(trial.optimizer)))
+        rescale = rescales(family(trial.optimizer))
+        return LockstepAverager(shapes, config, trial.world_size, int(number), rescale)
     if name in ("bundle", "sparsity"):
-        code = {name: int(number)}
-        return LockstepHook(shapes, VsaConfig.from_settings({**code, "seed": trial.seed, **FAMILY_SETTINGS[family]}))
+        settings = {name: int(number), "seed": trial.seed, **FAMILY_SETTINGS[family(trial.optimizer)]}
+        return LockstepHook(shapes, VsaConfig.from_settings(settings))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     if name == "demo":
@@ -281,7 +286,7 @@ def start_lr(suite: Suite, method: str) -> float:
     name, number, _ = parse(method)
     if name in ("bundle", "sparsity") and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**{name: int(number)})
-    return suite.base_lr * {"demo": 0.25, "local": 0.5, "vsa-local": 0.5, "alone": 0.5}.get(name, 1.0)
+    return suite.base_lr * {"demo": 0.25, "local": 0.5, "alone": 0.5}.get(name, 1.0)
 
 
 def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:

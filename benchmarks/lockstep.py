@@ -3,12 +3,14 @@
 Shape letters: W ranks, N elements of the gradient, P bytes of a packet.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
+from vsa_ddp.alignment import Alignment
 from vsa_ddp.codec import Codec
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.kernels import load_kernels
@@ -134,3 +136,27 @@ class LockstepHook:
         codec.decode_(gradient_WN[0], mean.rows, mean.exact_E, keys)
         state.update_scales(codec, step, mean.scales_S, mean.sigma_T)
         return gradient_WN[0]
+
+
+class LockstepAverager:
+    """What `VsaModelAverager` does with the changes of W ranks that share one bucket."""
+
+    def __init__(self, shapes: Shapes, config: VsaConfig, world_size: int, period: int, rescale: bool) -> None:
+        self._hook = LockstepHook(shapes, config)
+        sizes = [math.prod(shape) for _, shape in shapes]
+        self._alignments = [Alignment(sizes, world_size, period, CPU) for _ in range(world_size if rescale else 0)]
+
+    @property
+    def sent_bytes(self) -> float:
+        """Handed over by one rank so far."""
+        return self._hook.sent_bytes
+
+    def average(self, change_WN: Tensor) -> Tensor:
+        """The change that every rank would make. Shapes: (W, N) -> (N,)."""
+        sent_WN = change_WN.clone()
+        for rank, alignment in enumerate(self._alignments):
+            alignment.lengthen_(sent_WN[rank])
+        mean_N = self._hook.average(sent_WN)
+        for rank, alignment in enumerate(self._alignments):
+            alignment.observe(change_WN[rank], mean_N)
+        return mean_N

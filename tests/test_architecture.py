@@ -36,6 +36,7 @@ ORDER = [
     "state",
     "hook",
     "register",
+    "alignment",
     "averager",
     "history",
     "predictor",

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import vsa_ddp
-from benchmarks.lockstep import LockstepHook, shapes_of
+from benchmarks.lockstep import LockstepAverager, shapes_of
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, VsaModelAverager, averager
@@ -21,10 +21,10 @@ PERIOD = 3
 
 
 def make(
-    model: torch.nn.Module, family: str = "AdamW", **settings: Any
+    model: torch.nn.Module, family: str = "AdamW", period: int = PERIOD, **settings: Any
 ) -> tuple[torch.optim.Optimizer, VsaModelAverager]:
     optimizer = getattr(torch.optim, family)(model.parameters(), 1e-2)
-    return optimizer, VsaModelAverager(model, optimizer, period=PERIOD, **settings)
+    return optimizer, VsaModelAverager(model, optimizer, period=period, **settings)
 
 
 def train(
@@ -37,36 +37,43 @@ def train(
         average.average_parameters()
 
 
-def in_small_buckets(rank: int, world_size: int, bucket_bytes: int, family: str) -> tuple[torch.Tensor, Any]:
+def in_small_buckets(
+    rank: int, world_size: int, bucket_bytes: int, family: str, period: int
+) -> tuple[torch.Tensor, Any]:
     averager._BUCKET_BYTES = bucket_bytes
     model = net()
-    optimizer, average = make(model, family)
-    train(model, optimizer, average, rank, range(4 * PERIOD))
+    optimizer, average = make(model, family, period)
+    train(model, optimizer, average, rank, range(4 * period))
     return parameters_to_vector(model.parameters()).detach(), average.compression_stats()
 
 
-@pytest.mark.parametrize(("bucket_bytes", "family"), [(averager._BUCKET_BYTES, "AdamW"), (1, "SGD")])
-def test_the_averages_have_the_bits_of_ranks_that_take_turns(tmp_path: Path, bucket_bytes: int, family: str) -> None:
-    (mine_N, stats), (theirs_N, _) = run_ranks(in_small_buckets, 2, tmp_path, bucket_bytes, family)
+@pytest.mark.parametrize(
+    ("bucket_bytes", "family", "period"),
+    [(averager._BUCKET_BYTES, "AdamW", PERIOD), (1, "SGD", PERIOD), (1, "SGD", 1), (1, "AdamW", 1)],
+)
+def test_the_averages_have_the_bits_of_ranks_that_take_turns(
+    tmp_path: Path, bucket_bytes: int, family: str, period: int
+) -> None:
+    (mine_N, stats), (theirs_N, _) = run_ranks(in_small_buckets, 2, tmp_path, bucket_bytes, family, period)
     assert torch.equal(mine_N, theirs_N)
 
     models = [net(), net()]
     optimizers = [getattr(torch.optim, family)(m.parameters(), 1e-2) for m in models]
     config = VsaConfig(sparsity=64, exact_steps=0, whiten=family == "AdamW")
-    hook = LockstepHook(shapes_of(models[0]), config)
+    hook = LockstepAverager(shapes_of(models[0]), config, 2, period, rescale=family == "AdamW")
     common_N = parameters_to_vector(models[0].parameters()).detach()
-    for step in range(4 * PERIOD):
+    for step in range(4 * period):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             optimizer.zero_grad()
             loss_of(model, step, rank).backward()
             optimizer.step()
-        if (step + 1) % PERIOD == 0:
+        if (step + 1) % period == 0:
             apart = [common_N - parameters_to_vector(m.parameters()).detach() for m in models]
             common_N = common_N - hook.average(torch.stack(apart))
             for model in models:
                 vector_to_parameters(common_N.clone(), model.parameters())
     assert torch.equal(mine_N, common_N)
-    assert stats.dense_bytes == 4 * PERIOD * mine_N.nbytes
+    assert stats.dense_bytes == 4 * period * mine_N.nbytes
     assert stats.steps == 4
     if bucket_bytes > 1:  # each packet has its padding and its seal
         assert stats.wire_bytes == hook.sent_bytes
@@ -106,7 +113,7 @@ def test_without_compression_it_is_the_mean_of_the_models_after_ddps_warm_up(tmp
 def resumed(rank: int, world_size: int, folder: Path, wire: str) -> tuple[str, str]:
     file = folder / f"{rank}.pt"
     model = net()
-    optimizer, average = make(model, compression=20, wire=wire)
+    optimizer, average = make(model, compression=20, wire=wire, rescale=True)
     train(model, optimizer, average, rank, range(2 * PERIOD + 1))
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
     torch.save(parts, file)
@@ -114,14 +121,14 @@ def resumed(rank: int, world_size: int, folder: Path, wire: str) -> tuple[str, s
     train(model, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
 
     again = net()
-    optimizer, average = make(again, compression=20, wire=wire)
+    optimizer, average = make(again, compression=20, wire=wire, rescale=True)
     saved = torch.load(file, weights_only=True)
     again.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     average.load_state_dict(saved["average"])
     average.synchronize()
     train(again, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
-    with pytest.raises(ValueError, match="it has no common, last_apart, state, steps_apart"):
+    with pytest.raises(ValueError, match="it has no alignments, common, last_apart, state, steps_apart"):
         average.load_state_dict({"step": 3})
     return digest(model.parameters()), digest(again.parameters())
 
@@ -209,6 +216,8 @@ def refused(rank: int, world_size: int) -> list[str]:
         lambda: VsaModelAverager(net(), None, compression=20 + rank),
         lambda: VsaModelAverager(net(), None, period=0),
         lambda: VsaModelAverager(net(), None, warmup_steps=-1),
+        lambda: VsaModelAverager(net(), None, rescale=rank == 0),
+        lambda: VsaModelAverager(net(), None, rescale="auto"),
         lambda: VsaModelAverager(net(), None, bundles=2),
         lambda: VsaModelAverager(net().requires_grad_(False), None),
         lambda: VsaModelAverager(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
@@ -230,6 +239,8 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
                 "compression (rank 0: 20, rank 1: 21)",
                 "period must be an int of at least 1, got 0",
                 "warmup_steps must be an int of at least 0, got -1",
+                "rescale (rank 0: True, rank 1: False)",
+                "rescale must be True, False or None, got 'auto'",
                 "unknown setting bundles",
                 "no parameter that requires a gradient",
                 "give every rank an optimizer of its own",

@@ -1,6 +1,7 @@
 """Local steps: every rank trains by itself, and every so many steps what they changed is averaged, compressed.
 
-parameters at the last average -- minus the parameters now --> the hook's whole data flow --> subtracted on every rank
+parameters at the last average -- minus the parameters now --> made longer, where Adam made them too short -->
+the hook's whole data flow --> subtracted on every rank
 
 Gradients need no all-reduce then. What is averaged is sent as the hook sends gradients, so the bytes fall by the period
 times the compression.
@@ -16,6 +17,7 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.optim import Optimizer
 
 from vsa_ddp.agreement import check_agreement, digests
+from vsa_ddp.alignment import Alignment
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
@@ -34,6 +36,11 @@ def default_settings(family: Family) -> dict[str, Any]:
     return {"exact_steps": 0, "whiten": FAMILY_SETTINGS[family]["whiten"]}
 
 
+def rescales(family: Family) -> bool:
+    """Whether changes are lengthened where nothing is said: SGD's mean update is the mean gradient's."""
+    return family == "adam"
+
+
 class _Bucket:
     """Changes of some parameters, as DDP would show gradients to a hook."""
 
@@ -42,7 +49,13 @@ class _Bucket:
         self._is_last = is_last
         self._common = common
         self._parameters = parameters
+        self.alignment: Alignment | None = None
         self._change_N = torch.empty(0)
+
+    def rescale(self, world_size: int, period: int) -> None:
+        """From now on."""
+        sizes = [p.numel() for p in self._parameters]
+        self.alignment = Alignment(sizes, world_size, period, self._parameters[0].device)
 
     def index(self) -> int:
         return self._index
@@ -57,17 +70,25 @@ class _Bucket:
         return self._common
 
     def begin(self) -> None:
-        """Look at how far this rank went."""
-        pairs = zip(self._common, self._parameters, strict=True)
-        self._change_N = torch.cat([(common - p).flatten() for common, p in pairs])
+        """Put what this rank changed where the hook takes it from."""
+        self._change_N = self._look()
+        if self.alignment:
+            self.alignment.lengthen_(self._change_N)
 
     def finish(self) -> None:
         """Go on from where the ranks' mean change leads to."""
+        if self.alignment:
+            self.alignment.observe(self._look(), self._change_N)
         start = 0
         for common, p in zip(self._common, self._parameters, strict=True):
             p.copy_(common.sub_(self._change_N[start : start + p.numel()].view_as(common)))
             start += p.numel()
         self._change_N = torch.empty(0)
+
+    def _look(self) -> Tensor:
+        """How far this rank went. Shape: (N,)."""
+        pairs = zip(self._common, self._parameters, strict=True)
+        return torch.cat([(common - p).flatten() for common, p in pairs])
 
 
 class VsaModelAverager(ModelAverager):
@@ -88,9 +109,12 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
-        optimizer: this rank's. Decides whitening by its family: torch's SGD is not whitened, all others and None are;
-            `whiten=False` is right for an SGD that is not torch's.
+        optimizer: this rank's. Decides `whiten` and `rescale` by its family: not for torch's SGD, but for all others
+            and None; `whiten=False, rescale=False` is right for an SGD that is not torch's.
         period: steps between two averages. 1 averages the updates of every step.
+        rescale: lengthen every rank's changes, parameter by parameter, since ranks that divide by second moments of
+            their own make them too short: times 1 to the root of their number in averages of every step, as
+            `vsa_ddp.alignment` finds, and less in those of several. Weight decay is lengthened with the rest.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
@@ -114,6 +138,7 @@ class VsaModelAverager(ModelAverager):
         *,
         period: int = 1,
         warmup_steps: int = 0,
+        rescale: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
@@ -128,27 +153,34 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
-        settings = {**default_settings(optimizer_family(optimizer)), **settings}
+        if rescale not in (None, True, False):
+            raise ValueError(f"rescale must be True, False or None, got {rescale!r}.")
+        family = optimizer_family(optimizer)
+        self.rescale = rescales(family) if rescale is None else rescale
+        settings = {**default_settings(family), **settings}
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
         self._state = VsaState(process_group, config)
         self._model = model
         self._parameters = _trained(model)
-        mine = {"period": period, "warmup_steps": warmup_steps, "version": __version__, **config.of_all_ranks()}
+        mine = {"period": period, "warmup_steps": warmup_steps, "rescale": self.rescale, "version": __version__}
         shapes = {"parameter": describe(self._parameters.items())}
         values = {"parameters at the start:": digests(self._parameters.items())}
-        check_agreement({**mine, **shapes, **values}, self.process_group)
+        check_agreement({**mine, **config.of_all_ranks(), **shapes, **values}, self.process_group)
         self._common = {name: p.detach().clone().requires_grad_() for name, p in self._parameters.items()}
         self._state.name_parameters(self._common.items())  # type: ignore[arg-type]
         self._buckets = _fill_buckets(self._common, self._parameters)
+        if self.rescale:
+            for bucket in self._buckets:
+                bucket.rescale(dist.get_world_size(self.process_group), period)
         self._num_bytes = sum(p.nbytes for p in self._parameters.values())
         self._num_elements = sum(p.numel() for p in self._parameters.values())
         self._steps_apart = 0
         self._last_apart = 0  # at the last average
 
     def __repr__(self) -> str:
-        return f"VsaModelAverager(step={self.step}, period={self.period}, state={self._state})"
+        return f"VsaModelAverager(step={self.step}, period={self.period}, rescale={self.rescale}, state={self._state})"
 
     @torch.no_grad()
     def average_parameters(self, params: Iterable[Any] | None = None) -> None:
@@ -205,7 +237,8 @@ class VsaModelAverager(ModelAverager):
         model and this too."""
         common = {name: t.detach().clone() for name, t in self._common.items()}
         counts = {"step": self.step, "steps_apart": self._steps_apart, "last_apart": self._last_apart}
-        return {**counts, "common": common, "state": self._state.state_dict()}
+        alignments = [bucket.alignment.moments_2P.clone() for bucket in self._buckets if bucket.alignment]
+        return {**counts, "common": common, "alignments": alignments, "state": self._state.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -213,12 +246,15 @@ class VsaModelAverager(ModelAverager):
 
         Raises: ValueError if it is no such state, belongs to another model, or this averager was used.
         """
-        if absent := sorted({"step", "steps_apart", "last_apart", "common", "state"} - saved.keys()):
+        if absent := sorted(self.state_dict().keys() - saved.keys()):
             raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
         self._state.load_state_dict(saved["state"])
         self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
         for name, common in self._common.items():
             common.copy_(saved["common"][name])
+        for bucket, moments_2P in zip(self._buckets, saved["alignments"], strict=False):
+            if bucket.alignment:
+                bucket.alignment.moments_2P.copy_(moments_2P)
 
     @property
     def _device(self) -> torch.device:
