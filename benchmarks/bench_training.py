@@ -28,15 +28,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from benchmarks import rivals
-from benchmarks.lockstep import LockstepAverager, LockstepHook, Shapes, shapes_of
-from benchmarks.rivals import Averager
+from benchmarks.lockstep import Averager, LockstepAverager, LockstepHook, Shapes, shapes_of
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
 from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.averager import default_settings, rescales
+from vsa_ddp.averager import default_settings
 from vsa_ddp.register import FAMILY_SETTINGS, Family
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
@@ -137,20 +136,15 @@ def parse(method: str) -> tuple[str, str, str]:
     return name, number, sparsity
 
 
-def family(optimizer: OptimizerName) -> Family:
-    return "adam" if optimizer == "adamw" else "sgd"
-
-
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, number, sparsity = parse(trial.method)
+    family: Family = "adam" if trial.optimizer == "adamw" else "sgd"
     if name == "local":
         return rivals.Dense(shapes, trial.seed)
     if name == "vsa-local":
-        config = VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family(trial.optimizer)))
-        rescale = rescales(family(trial.optimizer))
-        return LockstepAverager(shapes, config, trial.world_size, int(number), rescale)
+        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family)))
     if name in ("bundle", "sparsity"):
-        settings = {name: int(number), "seed": trial.seed, **FAMILY_SETTINGS[family(trial.optimizer)]}
+        settings = {name: int(number), "seed": trial.seed, **FAMILY_SETTINGS[family]}
         return LockstepHook(shapes, VsaConfig.from_settings(settings))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
@@ -237,7 +231,10 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
         optimizers.append(make_optimizer(models[-1], trial.optimizer, trial.lr, trial.momentum))
         rate = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: schedule(step, trial.steps))
         schedulers.append(rate)
-    averager = make_averager(trial, shapes_of(models[0])) if every else None
+    averager = None
+    if every:
+        shapes, rescale = shapes_of(models[0]), trial.optimizer == "adamw" and parse(trial.method)[0] == "vsa-local"
+        averager = LockstepAverager(make_averager(trial, shapes), shapes, trial.world_size, rescale)
     common_N = parameters_to_vector(models[0].parameters()).detach()
     orders, losses = rank_orders(trial), list[float]()
     for step in range(1, trial.steps + 1):
@@ -254,7 +251,7 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
             break
         if averager and (step % every == 0 or step == trial.steps):
             changes_WN = torch.stack([common_N - parameters_to_vector(m.parameters()).detach() for m in models])
-            common_N = common_N - averager.average(changes_WN)
+            common_N = common_N - averager.average(changes_WN, step % every or every)
             for model in models:
                 vector_to_parameters(common_N.clone(), model.parameters())
     return losses, averager.sent_bytes if averager else 0.0, models
@@ -281,8 +278,8 @@ def trains(runs: list[Record]) -> bool:
 
 
 def start_lr(suite: Suite, method: str) -> float:
-    """The square-root rule for ours with AdamW, a quarter for signs, half for ranks that step alone; the dense rate for
-    all others."""
+    """The square-root rule for `register` with AdamW, a quarter for signs, half for ranks that step alone without being
+    lengthened; the dense rate for all others."""
     name, number, _ = parse(method)
     if name in ("bundle", "sparsity") and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**{name: int(number)})

@@ -4,7 +4,7 @@ Shape letters: W ranks, N elements of the gradient, P bytes of a packet.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -138,25 +138,35 @@ class LockstepHook:
         return gradient_WN[0]
 
 
-class LockstepAverager:
-    """What `VsaModelAverager` does with the changes of W ranks that share one bucket."""
+class Averager(Protocol):
+    """A method at work on W ranks in one process."""
 
-    def __init__(self, shapes: Shapes, config: VsaConfig, world_size: int, period: int, rescale: bool) -> None:
-        self._hook = LockstepHook(shapes, config)
+    sent_bytes: float
+    """Handed over by one rank so far."""
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        """The gradient that every rank goes on with. May overwrite what it is given. Shapes: (W, N) -> (N,)."""
+
+
+class LockstepAverager:
+    """What `VsaModelAverager` does with the changes of W ranks that share one bucket, by any way to average them."""
+
+    def __init__(self, averager: Averager, shapes: Shapes, world_size: int, rescale: bool) -> None:
+        self._averager = averager
         sizes = [math.prod(shape) for _, shape in shapes]
-        self._alignments = [Alignment(sizes, world_size, period, CPU) for _ in range(world_size if rescale else 0)]
+        self._alignments = [Alignment(sizes, world_size, CPU) for _ in range(world_size if rescale else 0)]
 
     @property
     def sent_bytes(self) -> float:
         """Handed over by one rank so far."""
-        return self._hook.sent_bytes
+        return self._averager.sent_bytes
 
-    def average(self, change_WN: Tensor) -> Tensor:
-        """The change that every rank would make. Shapes: (W, N) -> (N,)."""
+    def average(self, change_WN: Tensor, num_steps: int) -> Tensor:
+        """The change that every rank would make, after so many steps. Shapes: (W, N) -> (N,)."""
         sent_WN = change_WN.clone()
         for rank, alignment in enumerate(self._alignments):
-            alignment.lengthen_(sent_WN[rank])
-        mean_N = self._hook.average(sent_WN)
+            alignment.lengthen_(sent_WN[rank], num_steps)
+        mean_N = self._averager.average(sent_WN)
         for rank, alignment in enumerate(self._alignments):
             alignment.observe(change_WN[rank], mean_N)
         return mean_N

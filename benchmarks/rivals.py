@@ -8,7 +8,6 @@ Shape letters: W ranks, N elements of the gradient, R x C a matrix.
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +16,6 @@ from benchmarks.lockstep import Shapes
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hypervector import rotate
 from vsa_ddp.layout import is_compressed
-
-
-class Averager(Protocol):
-    """A method at work on W ranks in one process."""
-
-    sent_bytes: float
-    """Handed over by one rank so far."""
-
-    def average(self, gradient_WN: Tensor) -> Tensor:
-        """The gradient that every rank goes on with. May overwrite what it is given. Shapes: (W, N) -> (N,)."""
 
 
 class _Rival:

@@ -37,6 +37,7 @@ ORDER = [
     "hook",
     "register",
     "alignment",
+    "changes",
     "averager",
     "history",
     "predictor",

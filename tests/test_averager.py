@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import vsa_ddp
-from benchmarks.lockstep import LockstepAverager, shapes_of
+from benchmarks.lockstep import LockstepAverager, LockstepHook, shapes_of
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaModelAverager, averager
+from vsa_ddp import VsaConfig, VsaModelAverager, changes
 
 PERIOD = 3
 
@@ -40,7 +40,7 @@ def train(
 def in_small_buckets(
     rank: int, world_size: int, bucket_bytes: int, family: str, period: int
 ) -> tuple[torch.Tensor, Any]:
-    averager._BUCKET_BYTES = bucket_bytes
+    changes._BUCKET_BYTES = bucket_bytes
     model = net()
     optimizer, average = make(model, family, period)
     train(model, optimizer, average, rank, range(4 * period))
@@ -49,7 +49,7 @@ def in_small_buckets(
 
 @pytest.mark.parametrize(
     ("bucket_bytes", "family", "period"),
-    [(averager._BUCKET_BYTES, "AdamW", PERIOD), (1, "SGD", PERIOD), (1, "SGD", 1), (1, "AdamW", 1)],
+    [(changes._BUCKET_BYTES, "AdamW", PERIOD), (1, "SGD", PERIOD), (1, "SGD", 1), (1, "AdamW", 1)],
 )
 def test_the_averages_have_the_bits_of_ranks_that_take_turns(
     tmp_path: Path, bucket_bytes: int, family: str, period: int
@@ -59,8 +59,9 @@ def test_the_averages_have_the_bits_of_ranks_that_take_turns(
 
     models = [net(), net()]
     optimizers = [getattr(torch.optim, family)(m.parameters(), 1e-2) for m in models]
+    shapes = shapes_of(models[0])
     config = VsaConfig(sparsity=64, exact_steps=0, whiten=family == "AdamW")
-    hook = LockstepAverager(shapes_of(models[0]), config, 2, period, rescale=family == "AdamW")
+    hook = LockstepAverager(LockstepHook(shapes, config), shapes, 2, rescale=family == "AdamW")
     common_N = parameters_to_vector(models[0].parameters()).detach()
     for step in range(4 * period):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
@@ -69,7 +70,7 @@ def test_the_averages_have_the_bits_of_ranks_that_take_turns(
             optimizer.step()
         if (step + 1) % period == 0:
             apart = [common_N - parameters_to_vector(m.parameters()).detach() for m in models]
-            common_N = common_N - hook.average(torch.stack(apart))
+            common_N = common_N - hook.average(torch.stack(apart), period)
             for model in models:
                 vector_to_parameters(common_N.clone(), model.parameters())
     assert torch.equal(mine_N, common_N)
@@ -128,7 +129,7 @@ def resumed(rank: int, world_size: int, folder: Path, wire: str) -> tuple[str, s
     average.load_state_dict(saved["average"])
     average.synchronize()
     train(again, optimizer, average, rank, range(2 * PERIOD + 1, 4 * PERIOD))
-    with pytest.raises(ValueError, match="it has no alignments, common, last_apart, state, steps_apart"):
+    with pytest.raises(ValueError, match="it has no alignment, began_together, common, last_apart, state, steps_apart"):
         average.load_state_dict({"step": 3})
     return digest(model.parameters()), digest(again.parameters())
 
@@ -187,6 +188,56 @@ def test_torchs_optimizer_for_local_steps_takes_it_with_several_dtypes(tmp_path:
     assert len(set(mine)) == 6
 
 
+def chosen(rank: int, world_size: int) -> list[str]:
+    makes: list[tuple[type[torch.optim.Optimizer] | None, dict[str, Any]]] = [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"rescale": False}),
+        (torch.optim.AdamW, {"gain": "shrunk"}),
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"rescale": True}),
+        (torch.optim.LBFGS, {}),
+        (None, {}),
+    ]
+    return [
+        repr(VsaModelAverager(model := net(), kind and kind(model.parameters()), **settings))
+        for kind, settings in makes
+    ]
+
+
+def test_the_optimizer_decides_whether_its_changes_are_lengthened(tmp_path: Path) -> None:
+    expected = [True, False, False, False, True, False, False]
+    for made in run_ranks(chosen, 2, tmp_path):
+        assert [f"rescale={rescale}" in each for each, rescale in zip(made, expected, strict=True)] == [True] * 7
+
+
+def after_steps_in_common(rank: int, world_size: int, way: str) -> float:
+    """How far the third average goes, over how far it goes where nothing is lengthened, if ranks have noise alone."""
+    moved = []
+    for rescale in (True, False):
+        p = torch.nn.Parameter(torch.zeros(4096))
+        optimizer = torch.optim.Adam([p], 1e-3)
+        holder = torch.nn.ParameterList([p])
+        if way == "loaded":
+            p.grad = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+            optimizer.step()
+        warmup_steps = 10 if way == "warm-up" else 0
+        average = VsaModelAverager(holder, optimizer, warmup_steps=warmup_steps, rescale=rescale, compression=20)
+        for step in range(warmup_steps + 3):
+            seed = step if step < warmup_steps else 100 * step + rank
+            p.grad = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
+            before = p.detach().clone()
+            optimizer.step()
+            average.average_parameters()
+        moved.append((p.detach() - before).norm())
+    return (moved[0] / moved[1]).item()
+
+
+@pytest.mark.parametrize("way", ["apart", "warm-up", "loaded"])
+def test_second_moments_in_common_need_no_lengthening(tmp_path: Path, way: str) -> None:
+    for quotient in run_ranks(after_steps_in_common, 2, tmp_path, way):
+        assert quotient == pytest.approx(2**0.5 if way == "apart" else 1, abs=0.1)
+
+
 def out_of_step(rank: int, world_size: int) -> list[str]:
     model = net()
     optimizer, average = make(model)
@@ -218,6 +269,7 @@ def refused(rank: int, world_size: int) -> list[str]:
         lambda: VsaModelAverager(net(), None, warmup_steps=-1),
         lambda: VsaModelAverager(net(), None, rescale=rank == 0),
         lambda: VsaModelAverager(net(), None, rescale="auto"),
+        lambda: VsaModelAverager(net(), None, rescale=True, gain="shrunk"),
         lambda: VsaModelAverager(net(), None, bundles=2),
         lambda: VsaModelAverager(net().requires_grad_(False), None),
         lambda: VsaModelAverager(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
@@ -241,6 +293,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
                 "warmup_steps must be an int of at least 0, got -1",
                 "rescale (rank 0: True, rank 1: False)",
                 "rescale must be True, False or None, got 'auto'",
+                'rescale=True needs gain="unbiased", got "shrunk"',
                 "unknown setting bundles",
                 "no parameter that requires a gradient",
                 "give every rank an optimizer of its own",

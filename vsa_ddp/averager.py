@@ -1,12 +1,13 @@
 """Local steps: every rank trains by itself, and every so many steps what they changed is averaged, compressed.
 
-parameters at the last average -- minus the parameters now --> made longer, where Adam made them too short -->
+parameters at the last average -- minus the parameters now --> lengthened, where Adam made them too short -->
 the hook's whole data flow --> subtracted on every rank
 
 Gradients need no all-reduce then. What is averaged is sent as the hook sends gradients, so the bytes fall by the period
 times the compression.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.optim import Optimizer
 
 from vsa_ddp.agreement import check_agreement, digests
-from vsa_ddp.alignment import Alignment
+from vsa_ddp.changes import fill_buckets
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
@@ -26,69 +27,16 @@ from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 
+logger = logging.getLogger(__name__)
+
 COMPRESSION = 256.0
 """Where nothing is said: four times that of gradients, since no optimizer divides by the noise."""
-_BUCKET_BYTES = 25 * 2**20
+_BETA2 = 0.999
 
 
 def default_settings(family: Family) -> dict[str, Any]:
     """Settings of an averager that are not `VsaConfig`'s own, beside `COMPRESSION`."""
     return {"exact_steps": 0, "whiten": FAMILY_SETTINGS[family]["whiten"]}
-
-
-def rescales(family: Family) -> bool:
-    """Whether changes are lengthened where nothing is said: SGD's mean update is the mean gradient's."""
-    return family == "adam"
-
-
-class _Bucket:
-    """Changes of some parameters, as DDP would show gradients to a hook."""
-
-    def __init__(self, index: int, is_last: bool, common: list[Tensor], parameters: list[Tensor]) -> None:
-        self._index = index
-        self._is_last = is_last
-        self._common = common
-        self._parameters = parameters
-        self.alignment: Alignment | None = None
-        self._change_N = torch.empty(0)
-
-    def rescale(self, world_size: int, period: int) -> None:
-        """From now on."""
-        sizes = [p.numel() for p in self._parameters]
-        self.alignment = Alignment(sizes, world_size, period, self._parameters[0].device)
-
-    def index(self) -> int:
-        return self._index
-
-    def is_last(self) -> bool:
-        return self._is_last
-
-    def buffer(self) -> Tensor:
-        return self._change_N
-
-    def parameters(self) -> list[Tensor]:
-        return self._common
-
-    def begin(self) -> None:
-        """Put what this rank changed where the hook takes it from."""
-        self._change_N = self._look()
-        if self.alignment:
-            self.alignment.lengthen_(self._change_N)
-
-    def finish(self) -> None:
-        """Go on from where the ranks' mean change leads to."""
-        if self.alignment:
-            self.alignment.observe(self._look(), self._change_N)
-        start = 0
-        for common, p in zip(self._common, self._parameters, strict=True):
-            p.copy_(common.sub_(self._change_N[start : start + p.numel()].view_as(common)))
-            start += p.numel()
-        self._change_N = torch.empty(0)
-
-    def _look(self) -> Tensor:
-        """How far this rank went. Shape: (N,)."""
-        pairs = zip(self._common, self._parameters, strict=True)
-        return torch.cat([(common - p).flatten() for common, p in pairs])
 
 
 class VsaModelAverager(ModelAverager):
@@ -109,18 +57,18 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
-        optimizer: this rank's. Decides `whiten` and `rescale` by its family: not for torch's SGD, but for all others
-            and None; `whiten=False, rescale=False` is right for an SGD that is not torch's.
+        optimizer: this rank's. Decides by its family: changes by Adam and all that normalise are whitened and
+            lengthened, those by SGD neither, and where this is None they are whitened.
         period: steps between two averages. 1 averages the updates of every step.
-        rescale: lengthen every rank's changes, parameter by parameter, since ranks that divide by second moments of
-            their own make them too short: times 1 to the root of their number in averages of every step, as
-            `vsa_ddp.alignment` finds, and less in those of several. Weight decay is lengthened with the rest.
+        rescale: lengthen what ranks that divide by second moments of their own make too short, parameter by parameter:
+            in averages of every step by 1 to the root of the ranks' number, as `vsa_ddp.alignment` finds, in averages
+            of several by less. Weight decay is lengthened with the rest. None decides by the optimizer.
         warmup_steps: first steps, in which DDP averages gradients as ever and this one only counts.
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
             `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
-            optimizer, since nothing makes up for updates that are too short. Where settings speak of steps,
-            these are averages: after every `check_interval` of them the ranks are compared.
+            optimizer, since steps that a "shrunk" one makes too short nothing makes up for. Where settings speak of
+            steps, these are averages: after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
@@ -142,6 +90,8 @@ class VsaModelAverager(ModelAverager):
         process_group: dist.ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(rescale, bool | None):
+            raise ValueError(f"rescale must be True, False or None, got {rescale!r}.")
         for name, value, least in (("period", period, 1), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
@@ -153,34 +103,39 @@ class VsaModelAverager(ModelAverager):
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
-        if rescale not in (None, True, False):
-            raise ValueError(f"rescale must be True, False or None, got {rescale!r}.")
         family = optimizer_family(optimizer)
-        self.rescale = rescales(family) if rescale is None else rescale
         settings = {**default_settings(family), **settings}
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
+        if rescale and config.gain == "shrunk":
+            raise ValueError('rescale=True needs gain="unbiased", got "shrunk", which would seem to be noise.')
+        normalises = family == "adam" and optimizer is not None and config.gain == "unbiased"
+        self._rescale = normalises if rescale is None else rescale
         self._state = VsaState(process_group, config)
         self._model = model
         self._parameters = _trained(model)
-        mine = {"period": period, "warmup_steps": warmup_steps, "rescale": self.rescale, "version": __version__}
+        mine = {"period": period, "warmup_steps": warmup_steps, "rescale": self._rescale, "version": __version__}
         shapes = {"parameter": describe(self._parameters.items())}
         values = {"parameters at the start:": digests(self._parameters.items())}
         check_agreement({**mine, **config.of_all_ranks(), **shapes, **values}, self.process_group)
         self._common = {name: p.detach().clone().requires_grad_() for name, p in self._parameters.items()}
         self._state.name_parameters(self._common.items())  # type: ignore[arg-type]
-        self._buckets = _fill_buckets(self._common, self._parameters)
-        if self.rescale:
+        self._buckets = fill_buckets(self._common, self._parameters)
+        if self._rescale:
+            ranks = dist.get_world_size(self.process_group)
+            logger.info("changes by %s are lengthened, by up to %.2f", type(optimizer).__name__, ranks**0.5)
             for bucket in self._buckets:
-                bucket.rescale(dist.get_world_size(self.process_group), period)
+                bucket.align(ranks)
+        self._beta2 = _beta2(optimizer)
+        self._began_together = warmup_steps > 0 or bool(optimizer and optimizer.state)
         self._num_bytes = sum(p.nbytes for p in self._parameters.values())
         self._num_elements = sum(p.numel() for p in self._parameters.values())
         self._steps_apart = 0
         self._last_apart = 0  # at the last average
 
     def __repr__(self) -> str:
-        return f"VsaModelAverager(step={self.step}, period={self.period}, rescale={self.rescale}, state={self._state})"
+        return f"VsaModelAverager(step={self.step}, period={self.period}, rescale={self._rescale}, state={self._state})"
 
     @torch.no_grad()
     def average_parameters(self, params: Iterable[Any] | None = None) -> None:
@@ -217,9 +172,10 @@ class VsaModelAverager(ModelAverager):
         if self._steps_apart != self._last_apart:
             self._state.sigma.forget()  # the change of one step is no measure for that of twenty
         self._last_apart, self._steps_apart = self._steps_apart, 0
+        shared = self._beta2 ** (self.step - self.warmup_steps) if self._began_together else 0
         futures = []
         for bucket in self._buckets:
-            bucket.begin()
+            bucket.begin(self._last_apart, 1 - shared)
             futures.append(vsa_hook(self._state, bucket))
         for bucket, future in zip(self._buckets, futures, strict=True):
             future.wait()
@@ -233,12 +189,13 @@ class VsaModelAverager(ModelAverager):
         return self._state.compression_stats()
 
     def state_dict(self) -> dict[str, Any]:
-        """Loads with `torch.load(..., weights_only=True)`. Every rank saves its optimizer, and between two averages its
-        model and this too."""
+        """Loads with `torch.load(..., weights_only=True)`. Every rank saves this and its optimizer, and between two
+        averages its model too."""
         common = {name: t.detach().clone() for name, t in self._common.items()}
         counts = {"step": self.step, "steps_apart": self._steps_apart, "last_apart": self._last_apart}
-        alignments = [bucket.alignment.moments_2P.clone() for bucket in self._buckets if bucket.alignment]
-        return {**counts, "common": common, "alignments": alignments, "state": self._state.state_dict()}
+        alignment = {name: t.clone() for bucket in self._buckets for name, t in bucket.alignment().items()}
+        began = {"began_together": self._began_together}
+        return {**counts, **began, "common": common, "alignment": alignment, "state": self._state.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -252,9 +209,9 @@ class VsaModelAverager(ModelAverager):
         self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
         for name, common in self._common.items():
             common.copy_(saved["common"][name])
-        for bucket, moments_2P in zip(self._buckets, saved["alignments"], strict=False):
-            if bucket.alignment:
-                bucket.alignment.moments_2P.copy_(moments_2P)
+        self._began_together = saved["began_together"]
+        for bucket in self._buckets:
+            bucket.load_alignment(saved["alignment"])
 
     @property
     def _device(self) -> torch.device:
@@ -287,6 +244,12 @@ class VsaModelAverager(ModelAverager):
                 )
 
 
+def _beta2(optimizer: Optimizer | None) -> float:
+    """Of its second moment's decay; Adam's own default where an optimizer has none by that name."""
+    betas = optimizer.param_groups[0].get("betas") if optimizer else None
+    return betas[1] if betas and len(betas) > 1 else _BETA2
+
+
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters to average, by name."""
     named = averaged_parameters(model)
@@ -298,23 +261,3 @@ def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     if len(devices := {p.device for _, p in named}) > 1:
         raise ValueError(f"the parameters are on {', '.join(map(str, devices))}, but one averager has one device.")
     return dict(named)
-
-
-def _fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[_Bucket]:
-    """Up to 25 MiB each, of one dtype, in the model's order."""
-    groups: list[list[str]] = []
-    for dtype in dict.fromkeys(p.dtype for p in parameters.values()):
-        room = 0
-        for name, p in parameters.items():
-            if p.dtype != dtype:
-                continue
-            if room < p.nbytes or not room:
-                groups.append([])
-                room = _BUCKET_BYTES
-            groups[-1].append(name)
-            room -= p.nbytes
-    last = len(groups) - 1
-    return [
-        _Bucket(i, i == last, [common[n] for n in names], [parameters[n] for n in names])
-        for i, names in enumerate(groups)
-    ]

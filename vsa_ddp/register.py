@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import ASGD, SGD, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, SGD, Optimizer, Rprop
 
 from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.hook import vsa_hook
@@ -31,7 +31,7 @@ _WRAPPED = ("optim", "optimizer", "base_optimizer")
 
 
 def optimizer_family(optimizer: Optimizer | None) -> Family:
-    """ "sgd" for plain and momentum SGD and its kin, "adam" for every optimizer that normalises, and for None.
+    """ "sgd" for torch's SGD and its kin and for what has SGD in its name, "adam" for all that normalise, and None.
 
     Raises: TypeError for what is no optimizer.
     """
@@ -42,7 +42,8 @@ def optimizer_family(optimizer: Optimizer | None) -> Family:
         )
     while inner := next(filter(None, (getattr(optimizer, name, None) for name in _WRAPPED)), None):
         optimizer = inner
-    return "sgd" if isinstance(optimizer, SGD | ASGD | Rprop) else "adam"
+    plain = isinstance(optimizer, SGD | ASGD | Rprop | LBFGS) or "SGD" in type(optimizer).__name__
+    return "sgd" if plain else "adam"
 
 
 def learning_rate_factor(
