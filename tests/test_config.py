@@ -126,6 +126,8 @@ def test_a_compression_that_cannot_be_is_named(settings: dict[str, Any], rule: s
     ("make", "family"),
     [
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "sgd"),
+        (lambda p: torch.optim.LBFGS(p), "sgd"),
+        (lambda p: type("FusedSGD", (torch.optim.Optimizer,), {})(p, {}), "sgd"),
         (lambda p: torch.optim.AdamW(p), "adam"),
         (lambda p: torch.optim.RMSprop(p), "adam"),
         (lambda p: torch.optim.Adagrad(p), "adam"),

@@ -102,11 +102,11 @@ def test_triton_has_the_bits_of_torch_under_ddp(
     assert run_ranks(parameters_that_differ, 1, tmp_path, dtype, wire, code, backend=backend) == [[]]
 
 
-def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
+def average_on_cuda(rank: int, world_size: int, optimizer_name: str, lr: float) -> tuple[str, float, float]:
     """Of the parameters after local steps; the first loss, and that after an average."""
     torch.cuda.set_device(rank % torch.cuda.device_count())
     model = net().cuda()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr)
     average = vsa_ddp.VsaModelAverager(model, optimizer, period=3)
     x, target = (t.cuda() for t in batch(0, rank))
     losses = []
@@ -120,10 +120,13 @@ def average_on_cuda(rank: int, world_size: int) -> tuple[str, float, float]:
     return digest(p.cpu() for p in model.parameters()), losses[0], losses[-3]
 
 
+@pytest.mark.parametrize(("optimizer_name", "lr"), [("SGD", 0.05), ("AdamW", 0.005)])
 @pytest.mark.parametrize(("backend", "world_size"), [("nccl", 1), ("nccl", 2), ("gloo", 2)])
-def test_models_are_averaged_on_cuda(tmp_path: Path, backend: str, world_size: int) -> None:
+def test_models_are_averaged_on_cuda(
+    tmp_path: Path, backend: str, world_size: int, optimizer_name: str, lr: float
+) -> None:
     if backend == "nccl" and world_size > torch.cuda.device_count():
         pytest.skip(f"needs {world_size} CUDA devices")
-    ranks = run_ranks(average_on_cuda, world_size, tmp_path, backend=backend)
+    ranks = run_ranks(average_on_cuda, world_size, tmp_path, optimizer_name, lr, backend=backend)
     assert len({parameters for parameters, _, _ in ranks}) == 1
     assert all(averaged < 0.9 * first for _, first, averaged in ranks)
