@@ -34,7 +34,7 @@ GRIDS: dict[OptimizerName, dict[str, tuple[float, ...]]] = {
         "dense": (2.8e-3, 4e-3, 5.6e-3),
         "powersgd": (2.8e-3, 4e-3, 5.6e-3),
         "vsa": tuple(lr * learning_rate_factor() for lr in (2.8e-3, 4e-3, 5.6e-3)),
-        "vsa-local": (2.8e-3, 4e-3, 5.6e-3),
+        "vsa-local": (2.8e-3, 4e-3, 5.6e-3, 8e-3),
     },
     "sgd": {
         "dense": (0.025, 0.05, 0.1),

@@ -114,7 +114,7 @@ SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
     ),
-    "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3),
+    "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5),
     "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354),
     "sgd-digits": Suite(task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05),
     "adamw-digits": Suite(task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3),

@@ -1,11 +1,14 @@
 """The mean of the updates of ranks that step by their own Adam gets the length of an update by all gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsa_ddp.alignment import Alignment
+from vsa_ddp.alignment import Alignment, SecondMoment
 
 CPU = torch.device("cpu")
 N = 4096
@@ -59,13 +62,14 @@ def test_each_parameter_has_its_own_and_stays_between_one_and_the_root_of_the_ra
     torch.testing.assert_close(alignment.factors(1, 1.0), expected_P)
 
 
-def lengths(signal: float, beta1: float, steps_together: int) -> tuple[float, float]:
-    """Of the ranks' mean update as it is and as it is lengthened, over one by all gradients: mean of the last ten."""
+def lengths(signal: float, beta1: float, steps_together: int = 0) -> torch.Tensor:
+    """Of the ranks' mean update, as it is and lengthened, over one by all gradients. Shape: (steps apart, 2)."""
     w, steps, betas = 16, 100, (beta1, 0.99)
     torch.manual_seed(0)
     apart, together = [torch.nn.Parameter(torch.zeros(N)) for _ in range(w)], torch.nn.Parameter(torch.zeros(N))
     adams = [torch.optim.Adam([p], 1e-3, betas) for p in (*apart, together)]
     alignments = [Alignment([N], w, CPU) for _ in range(w)]
+    moment = SecondMoment(adams[0], steps_together)
     direction_N = torch.randn(N)
     found = []
     for step in range(steps_together + steps):
@@ -79,29 +83,63 @@ def lengths(signal: float, beta1: float, steps_together: int) -> tuple[float, fl
             adam.step()
         *own, wanted_N = (b - p.detach() for b, p in zip(before, (*apart, together), strict=True))
         if step >= steps_together:
-            own_share = 1 - betas[1] ** (step - steps_together + 1) if steps_together else 1
-            own_WN = torch.stack(own)
-            plain, lengthened = own_WN.mean(0).norm(), average(alignments, own_WN, 1, own_share).norm()
-            found.append(torch.stack([plain, lengthened]) / wanted_N.norm())
-    plain, lengthened = torch.stack(found[-10:]).mean(0).tolist()
-    return plain, max(each[1].item() for each in found) if steps_together else lengthened
+            own_WN, own_share = torch.stack(own), moment.own_share(step - steps_together + 1)
+            each = own_WN.mean(0).norm(), average(alignments, own_WN, 1, own_share).norm()
+            found.append(torch.stack(each) / wanted_N.norm())
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.1, 0.5])
 def test_without_momentum_ranks_apart_step_as_far_as_one_adam_of_all_gradients(signal: float) -> None:
-    plain, lengthened = lengths(signal, 0.0, 0)
+    plain, lengthened = lengths(signal, 0.0)[-10:].mean(0).tolist()
     assert plain < 0.6
     assert lengthened == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("signal", [0.0, 0.1, 0.5])
-def test_with_momentum_it_is_nearer_and_never_too_far(signal: float) -> None:
-    plain, lengthened = lengths(signal, 0.9, 0)
-    assert plain + 0.03 < lengthened < 1.1
+def test_with_momentum_too_where_noise_prevails() -> None:
+    plain, lengthened = lengths(0.0, 0.9)[-10:].mean(0).tolist()
+    assert plain < 0.3
+    assert lengthened == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("signal", [0.0, 0.1])
-def test_after_steps_in_common_nothing_overshoots(signal: float) -> None:
-    plain, furthest = lengths(signal, 0.9, 100)
-    assert plain < 0.6
-    assert furthest < 1.1
+@pytest.mark.parametrize("signal", [0.1, 0.5])
+def test_with_momentum_and_signal_it_is_nearer_and_not_too_far(signal: float) -> None:
+    plain, lengthened = lengths(signal, 0.9)[-10:].mean(0).tolist()
+    assert 1.1 * plain < lengthened < 1
+
+
+def test_after_steps_in_common_nothing_overshoots() -> None:
+    found = lengths(0.0, 0.9, 100)
+    assert found[-10:, 0].mean() < 0.35
+    assert found[:, 1].max() < 1.15
+    assert found[-10:, 1].mean() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("steps_together", [0, 7, 300])
+@pytest.mark.parametrize(
+    ("kind", "settings", "moment", "correct"),
+    [
+        (torch.optim.AdamW, {"betas": (0.9, 0.99)}, "exp_avg_sq", lambda steps: 1 - 0.99**steps),
+        (torch.optim.AdamW, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}, "exp_avg_sq", lambda n: 1 - 0.99**n),
+        (torch.optim.RMSprop, {"alpha": 0.9}, "square_avg", lambda steps: 1 - 0.9**steps),
+        (torch.optim.Adadelta, {"rho": 0.9}, "square_avg", lambda steps: 1 - 0.9**steps),
+        (torch.optim.Adagrad, {}, "sum", lambda steps: steps),
+    ],
+)
+def test_the_own_share_is_that_of_the_optimizers_second_moment(
+    steps_together: int, kind: Any, settings: dict[str, Any], moment: str, correct: Callable[[int], float]
+) -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = kind([p], **settings)
+    for step in range(steps_together + 20):
+        p.grad = torch.tensor([float(step >= steps_together)])  # so that the second moment is the share
+        optimizer.step()
+    counted = SecondMoment(optimizer, 0)
+    expected = optimizer.state[p][moment].item() / correct(steps_together + 20)
+    assert counted.own_share(20) == pytest.approx(expected, rel=1e-4)
+    assert counted.steps_together == steps_together
+
+
+def test_an_optimizer_that_counts_no_steps_has_a_warm_up_alone() -> None:
+    assert SecondMoment(None, 0).own_share(3) == 1
+    assert SecondMoment(None, 9).own_share(3) == 0.25

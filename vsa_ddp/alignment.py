@@ -7,23 +7,53 @@ multiplied by before it is sent. Every rank finds that out by itself: what decod
 rank's own update, so that the product is right on average.
 
 Exact without momentum. Momentum takes noise, but not signal, out of updates, so with it the factor is between 1 and the
-right one, and nearly right where noise prevails: never does it lengthen too much.
+right one on average, and nearly right where noise prevails.
 
 Shape letters: N elements of an update, P parameters in it.
 """
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 _DECAY = 0.9
 
 
+class SecondMoment:
+    """How much of an optimizer's second moment came from this rank's gradients alone.
+
+    The rest came while ranks averaged their gradients, in a warm-up or before the optimizer's state was loaded.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, warmup_steps: int) -> None:
+        self._optimizer = optimizer
+        self._warmup_steps = warmup_steps
+        self.steps_together: int | None = None
+        """Before ranks parted; None until somebody asks."""
+
+    def own_share(self, steps_apart: int) -> float:
+        """0 to 1, after so many steps alone; 1 for an optimizer that counts no steps, without a warm-up."""
+        if self.steps_together is None:
+            states = self._optimizer.state.values() if self._optimizer else ()
+            taken = next((int(state["step"]) for state in states if "step" in state), 0)
+            self.steps_together = max(taken - steps_apart, self._warmup_steps)
+        decay, steps = self._decay(), self.steps_together + steps_apart
+        return (1 - decay**steps_apart) / (1 - decay**steps) if decay < 1 else steps_apart / steps
+
+    def _decay(self) -> float:
+        """By what it forgets: Adam's beta2, RMSprop's alpha, Adadelta's rho; 1, a sum as Adagrad's, for all others."""
+        group = self._optimizer.param_groups[0] if self._optimizer else {}
+        betas = group.get("betas") or (0, group.get("alpha") or group.get("rho") or 1)
+        return float(max(betas[1:], default=1))
+
+
 class Alignment:
-    """What one rank knows of it, parameter by parameter, from its last ten or so updates.
+    """What one rank knows of its noise, parameter by parameter, from its last ten or so updates.
 
     Args:
         sizes: elements of each parameter, in the order in which they lie in an update.
         world_size: W, the ranks whose updates are averaged.
+        device: where updates are.
     """
 
     def __init__(self, sizes: list[int], world_size: int, device: torch.device) -> None:
@@ -38,9 +68,9 @@ class Alignment:
         """What an update of this rank is to be multiplied by. Shape: (P,).
 
         Args:
-            num_steps: that the update is made of. Where the loss curves most, several steps reach what one does not,
-                and overshoot if all are made longer: so the factor is one for one of them.
-            own_share: of the second moment that divided it, what this rank's own gradients made, 0 to 1.
+            num_steps: that the update is made of; the factor's excess over 1 is divided by it. Where the loss curves
+                most, several steps reach what one does not, and overshoot when they are lengthened.
+            own_share: of the second moment that divided it, as `SecondMoment` says.
         """
         own_P, common_P = self.moments_2P
         quotient_P = torch.where(own_P < self._world_size * common_P, own_P / common_P, self._world_size)
@@ -48,9 +78,9 @@ class Alignment:
         return 1 + (torch.lerp(torch.ones_like(quotient_P), quotient_P, own_share).sqrt() - 1) / num_steps
 
     def lengthen_(self, update_N: Tensor, num_steps: int, own_share: float = 1.0) -> None:
+        """Multiply each parameter's part by its factor."""
         self._applied_P = self.factors(num_steps, own_share)
-        for part, factor in zip(torch.split(update_N, self._sizes), self._applied_P, strict=True):
-            part.mul_(factor)
+        torch._foreach_mul_(torch.split(update_N, self._sizes), self._applied_P.unbind())
 
     def observe(self, own_N: Tensor, mean_N: Tensor) -> None:
         """The update as the optimizer made it, and the ranks' mean of what they lengthened."""

@@ -18,11 +18,12 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.optim import Optimizer
 
 from vsa_ddp.agreement import check_agreement, digests
+from vsa_ddp.alignment import SecondMoment
 from vsa_ddp.changes import fill_buckets
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
-from vsa_ddp.register import FAMILY_SETTINGS, Family, optimizer_family
+from vsa_ddp.register import FAMILY_SETTINGS, Family, optimizer_family, unwrapped
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 COMPRESSION = 256.0
 """Where nothing is said: four times that of gradients, since no optimizer divides by the noise."""
-_BETA2 = 0.999
+_SAVED = {"step", "steps_apart", "last_apart", "steps_together", "common", "alignment", "state"}
 
 
 def default_settings(family: Family) -> dict[str, Any]:
@@ -57,8 +58,9 @@ class VsaModelAverager(ModelAverager):
 
     Args:
         model: the same on every rank, from the same parameters on.
-        optimizer: this rank's. Decides by its family: changes by Adam and all that normalise are whitened and
-            lengthened, those by SGD neither, and where this is None they are whitened.
+        optimizer: this rank's. Decides by its family: changes by torch's SGD, and by what has SGD in its name, are
+            neither whitened nor lengthened, those by all others are both, and where this is None they are whitened.
+            `whiten=False` is right for an SGD by another name, and turns both off.
         period: steps between two averages. 1 averages the updates of every step.
         rescale: lengthen what ranks that divide by second moments of their own make too short, parameter by parameter:
             in averages of every step by 1 to the root of the ranks' number, as `vsa_ddp.alignment` finds, in averages
@@ -67,7 +69,7 @@ class VsaModelAverager(ModelAverager):
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
             `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
-            optimizer, since steps that a "shrunk" one makes too short nothing makes up for. Where settings speak of
+            optimizer, since nothing makes up for steps that "shrunk" makes too short. Where settings speak of
             steps, these are averages: after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
@@ -110,8 +112,8 @@ class VsaModelAverager(ModelAverager):
         config = VsaConfig.from_settings(settings)
         if rescale and config.gain == "shrunk":
             raise ValueError('rescale=True needs gain="unbiased", got "shrunk", which would seem to be noise.')
-        normalises = family == "adam" and optimizer is not None and config.gain == "unbiased"
-        self._rescale = normalises if rescale is None else rescale
+        known = optimizer is not None and family == "adam"
+        self._rescale = known and config.whiten and config.gain == "unbiased" if rescale is None else rescale
         self._state = VsaState(process_group, config)
         self._model = model
         self._parameters = _trained(model)
@@ -124,11 +126,10 @@ class VsaModelAverager(ModelAverager):
         self._buckets = fill_buckets(self._common, self._parameters)
         if self._rescale:
             ranks = dist.get_world_size(self.process_group)
-            logger.info("changes by %s are lengthened, by up to %.2f", type(optimizer).__name__, ranks**0.5)
+            logger.info("changes are lengthened, by a factor of up to %.2f", 1 + (ranks**0.5 - 1) / period)
             for bucket in self._buckets:
                 bucket.align(ranks)
-        self._beta2 = _beta2(optimizer)
-        self._began_together = warmup_steps > 0 or bool(optimizer and optimizer.state)
+        self._second_moment = SecondMoment(unwrapped(optimizer), warmup_steps)
         self._num_bytes = sum(p.nbytes for p in self._parameters.values())
         self._num_elements = sum(p.numel() for p in self._parameters.values())
         self._steps_apart = 0
@@ -172,10 +173,10 @@ class VsaModelAverager(ModelAverager):
         if self._steps_apart != self._last_apart:
             self._state.sigma.forget()  # the change of one step is no measure for that of twenty
         self._last_apart, self._steps_apart = self._steps_apart, 0
-        shared = self._beta2 ** (self.step - self.warmup_steps) if self._began_together else 0
+        own_share = self._second_moment.own_share(self.step - self.warmup_steps)
         futures = []
         for bucket in self._buckets:
-            bucket.begin(self._last_apart, 1 - shared)
+            bucket.begin(self._last_apart, own_share)
             futures.append(vsa_hook(self._state, bucket))
         for bucket, future in zip(self._buckets, futures, strict=True):
             future.wait()
@@ -192,10 +193,16 @@ class VsaModelAverager(ModelAverager):
         """Loads with `torch.load(..., weights_only=True)`. Every rank saves this and its optimizer, and between two
         averages its model too."""
         common = {name: t.detach().clone() for name, t in self._common.items()}
-        counts = {"step": self.step, "steps_apart": self._steps_apart, "last_apart": self._last_apart}
         alignment = {name: t.clone() for bucket in self._buckets for name, t in bucket.alignment().items()}
-        began = {"began_together": self._began_together}
-        return {**counts, **began, "common": common, "alignment": alignment, "state": self._state.state_dict()}
+        return {
+            "step": self.step,
+            "steps_apart": self._steps_apart,
+            "last_apart": self._last_apart,
+            "steps_together": self._second_moment.steps_together,
+            "common": common,
+            "alignment": alignment,
+            "state": self._state.state_dict(),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -203,13 +210,17 @@ class VsaModelAverager(ModelAverager):
 
         Raises: ValueError if it is no such state, belongs to another model, or this averager was used.
         """
-        if absent := sorted(self.state_dict().keys() - saved.keys()):
+        if absent := sorted(_SAVED - saved.keys()):
             raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
         self._state.load_state_dict(saved["state"])
         self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
         for name, common in self._common.items():
             common.copy_(saved["common"][name])
-        self._began_together = saved["began_together"]
+        self._second_moment.steps_together = saved["steps_together"]
+        if bool(saved["alignment"]) != self._rescale:
+            logger.warning(
+                "the state was saved with rescale=%s, this averager has %s", not self._rescale, self._rescale
+            )
         for bucket in self._buckets:
             bucket.load_alignment(saved["alignment"])
 
@@ -242,12 +253,6 @@ class VsaModelAverager(ModelAverager):
                     f"a parameter of shape {tuple(p.shape)} is none of the model's; make the averager with the model "
                     "that is trained."
                 )
-
-
-def _beta2(optimizer: Optimizer | None) -> float:
-    """Of its second moment's decay; Adam's own default where an optimizer has none by that name."""
-    betas = optimizer.param_groups[0].get("betas") if optimizer else None
-    return betas[1] if betas and len(betas) > 1 else _BETA2
 
 
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:

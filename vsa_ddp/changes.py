@@ -40,7 +40,7 @@ class ChangeBucket:
         return list(self._common.values())
 
     def begin(self, num_steps: int, own_share: float) -> None:
-        """Put what this rank changed, in so many steps, where the hook takes it from."""
+        """Put what this rank changed, in so many steps, where the hook takes it from, lengthened if it is to be."""
         self._change_N = self._look()
         if self._alignment:
             self._alignment.lengthen_(self._change_N, num_steps, own_share)
@@ -57,7 +57,7 @@ class ChangeBucket:
         self._change_N = torch.empty(0)
 
     def alignment(self) -> dict[str, Tensor]:
-        """What is known of each parameter's, by name; nothing where changes are not lengthened."""
+        """Each parameter's moments, by name; none where changes are not lengthened. Shape: (2,)."""
         return dict(zip(self._common, self._alignment.moments_2P.T, strict=True)) if self._alignment else {}
 
     def load_alignment(self, saved: dict[str, Tensor]) -> None:

@@ -30,8 +30,8 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
 _WRAPPED = ("optim", "optimizer", "base_optimizer")
 
 
-def optimizer_family(optimizer: Optimizer | None) -> Family:
-    """ "sgd" for torch's SGD and its kin and for what has SGD in its name, "adam" for all that normalise, and None.
+def unwrapped(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer itself, out of its wrappers.
 
     Raises: TypeError for what is no optimizer.
     """
@@ -42,6 +42,15 @@ def optimizer_family(optimizer: Optimizer | None) -> Family:
         )
     while inner := next(filter(None, (getattr(optimizer, name, None) for name in _WRAPPED)), None):
         optimizer = inner
+    return optimizer
+
+
+def optimizer_family(optimizer: Optimizer | None) -> Family:
+    """ "sgd" for torch's SGD and its kin and for what has SGD in its name, "adam" for all others and for None.
+
+    Raises: TypeError for what is no optimizer.
+    """
+    optimizer = unwrapped(optimizer)
     plain = isinstance(optimizer, SGD | ASGD | Rprop | LBFGS) or "SGD" in type(optimizer).__name__
     return "sgd" if plain else "adam"
 
