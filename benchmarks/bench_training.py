@@ -119,7 +119,7 @@ SUITES = {
     "sgd-digits": Suite(task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05),
     "adamw-digits": Suite(task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3),
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5),
-    "adamw-large": Suite(task="large batch", optimizer="adamw", steps=200, base_lr=4e-3, methods=_FEWER),
+    "adamw-large": Suite(task="large batch", optimizer="adamw", steps=100, base_lr=4e-3 / 2**1.5, methods=_FEWER),
     "adamw-char-16": Suite(
         task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_FEWER
     ),
