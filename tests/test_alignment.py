@@ -62,6 +62,16 @@ def test_each_parameter_has_its_own_and_stays_between_one_and_the_root_of_the_ra
     torch.testing.assert_close(alignment.factors(1, 1.0), expected_P)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_updates_keep_their_dtype_and_are_measured_in_single_precision(dtype: torch.dtype) -> None:
+    alignment = Alignment([N, 0, 1], 4, CPU)
+    own_N = torch.full((N + 1,), 8.0, dtype=dtype)  # whose squares' sum is beyond float16
+    alignment.observe(own_N, own_N / 2)
+    alignment.lengthen_(own_N, 1)
+    assert own_N.dtype == dtype
+    torch.testing.assert_close(own_N, torch.full((N + 1,), 8 * 2**0.5, dtype=dtype))
+
+
 def lengths(signal: float, beta1: float, steps_together: int = 0) -> torch.Tensor:
     """Of the ranks' mean update, as it is and lengthened, over one by all gradients. Shape: (steps apart, 2)."""
     w, steps, betas = 16, 100, (beta1, 0.99)
