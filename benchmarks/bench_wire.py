@@ -1,4 +1,5 @@
-"""What leaves a host and how long a step takes: every wire, plain DDP, 16-bit hooks and PowerSGD, on real links.
+"""What leaves a host and how long a step takes: every wire, the averager, plain DDP, 16-bit hooks and PowerSGD, on
+real links.
 
     python -m benchmarks.bench_wire                 # 2 and 4 hosts, three links, four sizes; about 45 min on 2 cores
     python -m benchmarks.bench_wire --quick         # 2 hosts, 100 Mbit/s and unshaped, one small model; about 1 min
@@ -6,7 +7,7 @@
 
 Hosts are network namespaces on a bridge, links are shaped by the kernel (see `netlab`; needs root and iproute2), and
 bytes are read from each host's interface. All methods take turns in one run, so compare within a run: the machine has
-two cores, four hosts share them. A step is forward and backward of an MLP, 64 rows per host, one thread.
+two cores, four hosts share them. A step is forward, backward and plain SGD's of an MLP, 64 rows per host, one thread.
 """
 
 import itertools
@@ -51,9 +52,12 @@ METHODS = [
     ("all_reduce", 4, 1, USUAL_MIB),
     ("two_shot", 4, 1, USUAL_MIB),
     ("all_gather", 16, 1, USUAL_MIB),
+    ("averager 1", 1, 64, USUAL_MIB),
+    ("averager 8", 1, 64, USUAL_MIB),
 ]
-"""Method, bundle, sparsity, MiB of a bucket. Of ours the default first, at 64 times fewer bytes."""
-QUICK = ("compute", "dense", "powersgd", "all_gather", "all_reduce", "two_shot")
+"""Method, bundle, sparsity, MiB of a bucket. Of our hooks the default first, at 64 times fewer bytes; "averager" is
+`VsaModelAverager` with its period, as it would be with AdamW."""
+QUICK = ("compute", "dense", "powersgd", "all_gather", "all_reduce", "two_shot", "averager 1")
 """Of each the first."""
 NOT_IN_SUMMARY = [
     ("compute", 0, 0, USUAL_MIB),
@@ -62,6 +66,7 @@ NOT_IN_SUMMARY = [
     ("all_gather", 1, 64, USUAL_MIB),
     ("two_shot", 2, 2, USUAL_MIB),
     ("all_gather", 4, 1, USUAL_MIB),
+    ("all_reduce", 4, 1, USUAL_MIB),
     ("two_shot", 4, 1, USUAL_MIB),
     ("all_gather", 16, 1, USUAL_MIB),
 ]
@@ -71,7 +76,11 @@ LABELS = {
     "bf16": "bf16 hook",
     "fp16": "fp16 hook",
     "powersgd": "PowerSGD 4",
+    "averager 1": "averager, period 1",
+    "averager 8": "averager, period 8",
 }
+PRICED = ("dense", "half", *cost.WIRE_METHODS)
+"""What the cost model describes."""
 HOSTS = (2, 4)
 LINKS: tuple[float | None, ...] = (100.0, 1000.0, None)
 """Mbit/s each way; None is the bridge's own speed."""
@@ -84,8 +93,8 @@ ROUNDS = 5
 def label(record: Record) -> str:
     letters = {"B": record["bundle"], "n": record["sparsity"]}
     code = " ".join(f"{letter}={value}" for letter, value in letters.items() if value > 1)
-    name = LABELS.get(record["method"], f"{record['method']}, {code}")
-    return f"{name}, buckets of {SMALL_MIB} MiB" if record["bucket_mib"] == SMALL_MIB else name
+    buckets = f"buckets of {SMALL_MIB} MiB" if record["bucket_mib"] == SMALL_MIB else ""
+    return ", ".join(filter(None, (LABELS.get(record["method"], record["method"]), code, buckets)))
 
 
 def of_method(records: list[Record], method: tuple[str, int, int, int]) -> list[Record]:
@@ -175,8 +184,8 @@ class Fit:
         return list(WIDTHS.values()) if len(self._sizes) == len(WIDTHS) else ["fit"] * len(self._sizes)
 
     def usable(self) -> list[Record]:
-        """Those that the model describes: all but compute alone, PowerSGD and buckets of another size."""
-        return [r for r in self._records if r["method"] != "compute" and r["bucket_mib"] == USUAL_MIB]
+        """Those that the model describes, in buckets of the usual size."""
+        return [r for r in self._records if priced_as(r) in PRICED and r["bucket_mib"] == USUAL_MIB]
 
     def predict_ms(self, r: Record) -> float:
         return self._compute_ms(r) + float(self._features(r) @ self.unknowns)
@@ -368,7 +377,7 @@ def plot_steps(results: Results, file: Path) -> None:
     for (row, hosts), (column, mbit) in itertools.product(enumerate(hosts_of), enumerate(links)):
         at = find(records, hosts=hosts, mbit=mbit, num_parameters=size)
         axis = axes[row][column]
-        colours = ["tab:blue" if r["method"] in cost.WIRE_METHODS else "tab:gray" for r in at]
+        colours = ["tab:blue" if r["bundle"] else "tab:gray" for r in at]
         bars = axis.barh([label(r) for r in at], [r["median_ms"] for r in at], color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
         axis.set(title=f"{hosts} hosts, {link_name(mbit)}", xlabel="ms per step")

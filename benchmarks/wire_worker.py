@@ -39,9 +39,15 @@ class Contender:
     sparsity: int
     bucket_mib: int
     """DDP's `bucket_cap_mb`."""
-    model: DistributedDataParallel
-    state: vsa_ddp.VsaState | None
+    model: torch.nn.Module
+    ours: vsa_ddp.VsaState | vsa_ddp.VsaModelAverager | None
+    optimizer: torch.optim.Optimizer
     num_steps: int = 1
+
+    @property
+    def period(self) -> int:
+        """Steps between what is sent."""
+        return self.ours.period if isinstance(self.ours, vsa_ddp.VsaModelAverager) else 1
 
 
 def mlp(width: int) -> torch.nn.Module:
@@ -61,30 +67,37 @@ def half_hook(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def contender(method: str, bundle: int, sparsity: int, bucket_mib: int, width: int) -> Contender:
-    model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
-    state = None
-    if method == "powersgd":
-        power = powerSGD_hook.PowerSGDState(None, 4, start_powerSGD_iter=2)
-        model.register_comm_hook(power, powerSGD_hook.powerSGD_hook)
-    elif method in ("bf16", "fp16"):
-        hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
-        model.register_comm_hook(None, half_hook(hooks[method]))
-    elif method not in ("compute", "dense"):
-        state = vsa_ddp.register(model, bundle=bundle, sparsity=sparsity, wire=method)
-    return Contender(method, bundle, sparsity, bucket_mib, model, state)
+    model: torch.nn.Module = mlp(width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ours: vsa_ddp.VsaState | vsa_ddp.VsaModelAverager | None = None
+    name, _, period = method.partition(" ")
+    if name == "averager":
+        # its settings for Adam's changes, without the state of so many Adams
+        adams: dict[str, Any] = {"bundle": bundle, "sparsity": sparsity, "whiten": True, "rescale": True}
+        ours = vsa_ddp.VsaModelAverager(model, optimizer, period=int(period), **adams)
+    elif name != "compute":
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
+        if name == "powersgd":
+            power = powerSGD_hook.PowerSGDState(None, 4, start_powerSGD_iter=2)
+            model.register_comm_hook(power, powerSGD_hook.powerSGD_hook)
+        elif name in ("bf16", "fp16"):
+            hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+            model.register_comm_hook(None, half_hook(hooks[name]))
+        elif name != "dense":
+            ours = vsa_ddp.register(model, bundle=bundle, sparsity=sparsity, wire=name)
+    return Contender(method, bundle, sparsity, bucket_mib, model, ours, optimizer)
 
 
 def train(c: Contender, x: torch.Tensor, steps: int) -> float:
-    """Seconds of so many steps, forward and backward, of the slowest rank."""
+    """Seconds of so many steps of the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
     for _ in range(steps):
-        c.model.zero_grad()
-        if c.method == "compute":
-            with c.model.no_sync():
-                c.model(x).square().mean().backward()
-        else:
-            c.model(x).square().mean().backward()
+        c.optimizer.zero_grad()
+        c.model(x).square().mean().backward()
+        c.optimizer.step()
+        if isinstance(c.ours, vsa_ddp.VsaModelAverager):
+            c.ours.average_parameters()
     seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return seconds.item()
@@ -102,8 +115,9 @@ def measure(
     x = torch.randn(BATCH, INPUTS, generator=torch.Generator().manual_seed(dist.get_rank()))
     for c in contenders:
         note(f"width {width}: warm up {c.method}")
-        train(c, x, WARMUP_STEPS_LOSSY if c.state or c.method == "powersgd" else WARMUP_STEPS)
-        c.num_steps = min(MOST_STEPS_PER_TURN, max(1, int(SECONDS_PER_TURN / train(c, x, 1))))
+        train(c, x, c.period * (WARMUP_STEPS_LOSSY if c.ours or c.method == "powersgd" else WARMUP_STEPS))
+        rounds_a_turn = min(MOST_STEPS_PER_TURN, max(1, int(SECONDS_PER_TURN / train(c, x, c.period))))
+        c.num_steps = c.period * rounds_a_turn
     num_parameters = sum(p.numel() for p in contenders[0].model.parameters())
     records = [
         {
@@ -122,13 +136,13 @@ def measure(
         for c, record, totals in zip(contenders, records, sent, strict=True):
             note(f"width {width}: round {turn + 1} of {rounds}, {c.method}")
             before = interface_bytes()
-            counted = c.state.compression_stats() if c.state else None
+            counted = c.ours.compression_stats() if c.ours else None
             record["step_ms"].append(train(c, x, c.num_steps) / c.num_steps * 1e3)
             after = interface_bytes()
             totals[0] += after[0] - before[0]
             totals[1] += after[1] - before[1]
-            if c.state and counted:
-                stats = c.state.compression_stats()
+            if c.ours and counted:
+                stats = c.ours.compression_stats()
                 totals[2] += stats.sent_bytes - counted.sent_bytes
                 totals[3] += stats.received_bytes - counted.received_bytes
     names = ("interface_sent", "interface_received", "counted_sent", "counted_received")

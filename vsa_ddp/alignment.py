@@ -85,7 +85,8 @@ class Alignment:
     def observe(self, own_N: Tensor, mean_N: Tensor) -> None:
         """The update as the optimizer made it, and the ranks' mean of what they lengthened."""
         own, mean = (torch.split(update_N.float(), self._sizes) for update_N in (own_N, mean_N))
-        own_P = torch.stack([part.square().sum() for part in own])
+        own_P = torch.stack(torch._foreach_norm(own)).square()
+        # not by `dot`, whose rounding depends on where in memory its arguments lie
         common_P = torch.stack([(mine * ours).sum() for mine, ours in zip(own, mean, strict=True)]) / self._applied_P
         known_2P = self.moments_2P * _DECAY + torch.stack([own_P, common_P])
         self.moments_2P = torch.where(known_2P.isfinite().all(0), known_2P, self.moments_2P)

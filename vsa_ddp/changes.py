@@ -49,11 +49,8 @@ class ChangeBucket:
         """Go on from where the ranks' mean change leads to."""
         if self._alignment:
             self._alignment.observe(self._look(), self._change_N)
-        start = 0
-        for name, common in self._common.items():
-            mean = self._change_N[start : start + common.numel()].view_as(common)
-            self._parameters[name].copy_(common.sub_(mean))
-            start += common.numel()
+        for (name, common), mean_N in zip(self._common.items(), self._parts(self._change_N), strict=True):
+            self._parameters[name].copy_(common.sub_(mean_N.view_as(common)))
         self._change_N = torch.empty(0)
 
     def alignment(self) -> dict[str, Tensor]:
@@ -67,7 +64,15 @@ class ChangeBucket:
 
     def _look(self) -> Tensor:
         """How far this rank went. Shape: (N,)."""
-        return torch.cat([(common - self._parameters[name]).flatten() for name, common in self._common.items()])
+        first = next(iter(self._parameters.values()))
+        change_N = first.new_empty(sum(p.numel() for p in self._parameters.values()))
+        for (name, common), part_N in zip(self._common.items(), self._parts(change_N), strict=True):
+            torch.sub(common, self._parameters[name], out=part_N.view_as(common))
+        return change_N
+
+    def _parts(self, change_N: Tensor) -> tuple[Tensor, ...]:
+        """Of each parameter."""
+        return torch.split(change_N, [p.numel() for p in self._parameters.values()])
 
 
 def fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[ChangeBucket]:
