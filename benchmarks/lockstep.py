@@ -153,8 +153,8 @@ class LockstepAverager:
 
     def __init__(self, averager: Averager, shapes: Shapes, world_size: int, rescale: bool) -> None:
         self._averager = averager
-        sizes = [math.prod(shape) for _, shape in shapes]
-        self._alignments = [Alignment(sizes, world_size, CPU) for _ in range(world_size if rescale else 0)]
+        self._sizes = [math.prod(shape) for _, shape in shapes]
+        self._alignments = [Alignment(self._sizes, world_size, CPU) for _ in range(world_size if rescale else 0)]
 
     @property
     def sent_bytes(self) -> float:
@@ -168,5 +168,5 @@ class LockstepAverager:
             alignment.lengthen_(sent_WN[rank], num_steps)
         mean_N = self._averager.average(sent_WN)
         for rank, alignment in enumerate(self._alignments):
-            alignment.observe(change_WN[rank], mean_N)
+            alignment.observe(change_WN[rank].split(self._sizes), mean_N)
         return mean_N

@@ -12,6 +12,8 @@ right one on average, and nearly right where noise prevails.
 Shape letters: N elements of an update, P parameters in it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -82,9 +84,10 @@ class Alignment:
         self._applied_P = self.factors(num_steps, own_share)
         torch._foreach_mul_(torch.split(update_N, self._sizes), self._applied_P.unbind())
 
-    def observe(self, own_N: Tensor, mean_N: Tensor) -> None:
-        """The update as the optimizer made it, and the ranks' mean of what they lengthened."""
-        own, mean = (torch.split(update_N.float(), self._sizes) for update_N in (own_N, mean_N))
+    def observe(self, own: Iterable[Tensor], mean_N: Tensor) -> None:
+        """Each parameter's update as the optimizer made it, of any shape, and the ranks' mean of what was sent."""
+        own = [update.flatten().float() for update in own]
+        mean = torch.split(mean_N.float(), self._sizes)
         own_P = torch.stack(torch._foreach_norm(own)).square()
         # not by `dot`, whose rounding depends on where in memory its arguments lie
         common_P = torch.stack([(mine * ours).sum() for mine, ours in zip(own, mean, strict=True)]) / self._applied_P

@@ -3,6 +3,8 @@
 Shape letters: N elements of a bucket, P parameters in it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -41,16 +43,21 @@ class ChangeBucket:
 
     def begin(self, num_steps: int, own_share: float) -> None:
         """Put what this rank changed, in so many steps, where the hook takes it from, lengthened if it is to be."""
-        self._change_N = self._look()
+        first = next(iter(self._parameters.values()))
+        self._change_N = first.new_empty(sum(p.numel() for p in self._parameters.values()))
+        for common, p, change in self._parts():
+            torch.sub(common, p, out=change)
         if self._alignment:
             self._alignment.lengthen_(self._change_N, num_steps, own_share)
 
     def finish(self) -> None:
         """Go on from where the ranks' mean change leads to."""
         if self._alignment:
-            self._alignment.observe(self._look(), self._change_N)
-        for (name, common), mean_N in zip(self._common.items(), self._parts(self._change_N), strict=True):
-            self._parameters[name].copy_(common.sub_(mean_N.view_as(common)))
+            for common, p, _ in self._parts():
+                torch.sub(common, p, out=p)  # what this rank changed, where nothing else is needed any more
+            self._alignment.observe(self._parameters.values(), self._change_N)
+        for common, p, mean in self._parts():
+            p.copy_(common.sub_(mean))
         self._change_N = torch.empty(0)
 
     def alignment(self) -> dict[str, Tensor]:
@@ -62,17 +69,11 @@ class ChangeBucket:
             if name in saved:
                 moments.copy_(saved[name])
 
-    def _look(self) -> Tensor:
-        """How far this rank went. Shape: (N,)."""
-        first = next(iter(self._parameters.values()))
-        change_N = first.new_empty(sum(p.numel() for p in self._parameters.values()))
-        for (name, common), part_N in zip(self._common.items(), self._parts(change_N), strict=True):
-            torch.sub(common, self._parameters[name], out=part_N.view_as(common))
-        return change_N
-
-    def _parts(self, change_N: Tensor) -> tuple[Tensor, ...]:
-        """Of each parameter."""
-        return torch.split(change_N, [p.numel() for p in self._parameters.values()])
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each parameter: where all ranks were last, where this one is, and its part of the buffer."""
+        parts = torch.split(self._change_N, [p.numel() for p in self._parameters.values()])
+        for (name, common), part_N in zip(self._common.items(), parts, strict=True):
+            yield common, self._parameters[name], part_N.view_as(common)
 
 
 def fill_buckets(common: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[ChangeBucket]:
