@@ -23,7 +23,7 @@ def average(
         alignment.lengthen_(sent_N, num_steps, own_share)
     mean_N = sent_WN.mean(0)
     for alignment, own_N in zip(alignments, own_WN, strict=True):
-        alignment.observe([own_N], mean_N)
+        alignment.observe([(own_N, mean_N)])
     return mean_N
 
 
@@ -39,7 +39,7 @@ def test_the_factor_is_what_the_noise_asks_for_whatever_decoding_adds(w: int, no
             alignment.lengthen_(sent_N, 1)
         error_N = sent_WN.square().mean().sqrt() * torch.randn(N, generator=generator)
         for alignment, own_N in zip(alignments, own_WN, strict=True):
-            alignment.observe([own_N], sent_WN.mean(0) + (decoding / w) ** 0.5 * error_N)
+            alignment.observe([(own_N, sent_WN.mean(0) + (decoding / w) ** 0.5 * error_N)])
     expected = ((1 + noise) / (1 + noise / w)) ** 0.5
     for alignment in alignments:
         assert alignment.factors(1, 1.0).item() == pytest.approx(expected, rel=0.2)
@@ -51,15 +51,17 @@ def test_each_parameter_has_its_own_and_stays_between_one_and_the_root_of_the_ra
     assert alignment.factors(1, 1.0).tolist() == [1, 1, 1, 1]
     own_N = torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0, 5.0])
     mean_N = torch.tensor([0.5, 1.0, 1.0, 2.0, 2.0, 1.0, 1.0, -5.0])  # half of it, twice of it, of nothing, against it
-    alignment.observe(own_N.split(sizes), mean_N)
+    alignment.observe(zip(own_N.split(sizes), mean_N.split(sizes), strict=True))
     expected_P = torch.tensor([2**0.5, 1, 1, 2])
     torch.testing.assert_close(alignment.factors(1, 1.0), expected_P)
     torch.testing.assert_close(alignment.factors(6, 1.0), 1 + (expected_P - 1) / 6)
     torch.testing.assert_close(alignment.factors(1, 0.25), (0.75 + 0.25 * expected_P**2).sqrt())
     alignment.lengthen_(own_N, 1)
     torch.testing.assert_close(own_N, torch.tensor([2**0.5, 8**0.5, 8**0.5, 1, 1, 0, 0, 10]))
-    alignment.observe(torch.zeros(8).split(sizes), torch.zeros(8))  # a rank whose step was skipped knows what it knew
-    alignment.observe(own_N.split(sizes), torch.full((8,), torch.nan))
+    alignment.observe(
+        zip(torch.zeros(8).split(sizes), torch.zeros(8).split(sizes), strict=True)
+    )  # a rank whose step was skipped knows what it knew
+    alignment.observe((own, own * torch.nan) for own in own_N.split(sizes))
     torch.testing.assert_close(alignment.factors(1, 1.0), expected_P)
 
 
@@ -67,7 +69,7 @@ def test_each_parameter_has_its_own_and_stays_between_one_and_the_root_of_the_ra
 def test_updates_keep_their_dtype_and_are_measured_in_single_precision(dtype: torch.dtype) -> None:
     alignment = Alignment([N, 0, 1], 4, CPU)
     own_N = torch.full((N + 1,), 8.0, dtype=dtype)  # whose squares' sum is beyond float16
-    alignment.observe(own_N.split([N, 0, 1]), own_N / 2)
+    alignment.observe((own, own / 2) for own in own_N.split([N, 0, 1]))
     alignment.lengthen_(own_N, 1)
     assert own_N.dtype == dtype
     torch.testing.assert_close(own_N, torch.full((N + 1,), 8 * 2**0.5, dtype=dtype))

@@ -253,15 +253,104 @@ def out_of_step(rank: int, world_size: int) -> list[str]:
     with pytest.raises(ValueError, match="step") as raised:
         (average.synchronize if rank else average.average_parameters)()
     messages.append(str(raised.value))
-    model.scale = torch.nn.Parameter(torch.tensor(2.0))
-    with pytest.raises(ValueError, match="scale was unfrozen or replaced") as raised:
+    if rank:
+        model.scale = torch.nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(ValueError, match="was unfrozen or replaced") as raised:
         average.synchronize()
     return [*messages, str(raised.value)]
 
 
-def test_ranks_out_of_step_and_parameters_that_came_later_are_refused(tmp_path: Path) -> None:
-    for messages in run_ranks(out_of_step, 2, tmp_path):
-        assert "step (rank 0: 3, rank 1: 2)" in messages[0]
+def test_ranks_out_of_step_and_parameters_that_came_later_are_refused_on_every_rank(tmp_path: Path) -> None:
+    found = run_ranks(out_of_step, 2, tmp_path)
+    for messages, which in zip(found, ("a parameter of another rank", "scale"), strict=True):
+        assert "in the same step, but they differ in step (rank 0: 3, rank 1: 2). Call average_param" in messages[0]
+        assert messages[1].startswith(f"{which} was unfrozen or replaced")
+
+
+def step_set_from_outside(rank: int, world_size: int) -> str:
+    model = net()
+    optimizer, average = make(model)
+    wrapped = PostLocalSGDOptimizer(optimizer, average)
+    saved, own = wrapped.state_dict(), average.state_dict()
+    wrapped.load_state_dict({**saved, "step": 5})
+    with pytest.raises(ValueError, match="load its own state too") as raised:
+        wrapped.step()
+    average.load_state_dict({**own, "step": 5})
+    wrapped.step()
+    assert average.step == 6
+    return str(raised.value)
+
+
+def test_a_step_that_was_loaded_without_the_rest_is_refused(tmp_path: Path) -> None:
+    (message,) = run_ranks(step_set_from_outside, 1, tmp_path)
+    assert message.startswith("step was set to 5, ")
+
+
+def fails_once(rank: int, world_size: int) -> str:
+    model = net()
+    optimizer, average = make(model)
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    average._buckets[-1].finish = no_memory  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, optimizer, average, rank, range(PERIOD))
+    with pytest.raises(RuntimeError, match="go on from a checkpoint") as raised:
+        train(model, optimizer, average, rank, range(PERIOD))
+    with pytest.raises(RuntimeError, match="go on from a checkpoint"):
+        average.state_dict()
+    return str(raised.value)
+
+
+def test_after_an_average_that_failed_there_is_no_other(tmp_path: Path) -> None:
+    for message in run_ranks(fails_once, 2, tmp_path):
+        assert "an average failed on this rank: OutOfMemoryError('no memory')" in message
+
+
+def odd_parameters(rank: int, world_size: int, period: int) -> list[dict[str, torch.Tensor]]:
+    """By name, at the last of two averages in full precision: where all ranks were, what this one changed, lengthened,
+    and where it is."""
+    torch.manual_seed(0)
+    model = torch.nn.ParameterDict(
+        {
+            "channels last": torch.randn(4, 8, 3, 3).to(memory_format=torch.channels_last),
+            "transposed": torch.randn(8, 4).T,
+            "bfloat": torch.randn(64, 8).bfloat16(),
+            "empty": torch.zeros(0, 3),
+            "unused": torch.ones(5),
+        }
+    )
+    optimizer, average = make(model, "AdamW", period, wire="dense")
+    for step in range(2 * period):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        for name, p in model.items():
+            if name != "unused":
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+        before = {name: p.detach().clone() for name, p in model.items()}
+        common = {name: p.detach().clone() for name, p in average._common.items()}
+        factors = {
+            name: factor
+            for bucket in average._buckets
+            if bucket._alignment
+            for name, factor in zip(bucket._common, bucket._alignment.factors(period, 1.0), strict=True)
+        }
+        average.average_parameters()
+    sent = {name: (common[name] - before[name]) * factors[name].to(common[name].dtype) for name in common}
+    return [common, sent, {name: p.detach() for name, p in model.items()}]
+
+
+@pytest.mark.parametrize("period", [1, PERIOD])
+def test_parameters_of_any_layout_and_dtype_are_lengthened_and_averaged(tmp_path: Path, period: int) -> None:
+    (common, mine, found), (_, theirs, others) = run_ranks(odd_parameters, 2, tmp_path, period)
+    for name in common:
+        assert torch.equal(found[name], others[name]), name
+        expected = common[name] - (mine[name] + theirs[name]) / 2
+        tolerance = 2e-2 if name == "bfloat" else 1e-6
+        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found["unused"], torch.ones(5))
+    assert not torch.equal(found["transposed"], common["transposed"])
 
 
 def refused(rank: int, world_size: int) -> list[str]:
@@ -280,6 +369,7 @@ def refused(rank: int, world_size: int) -> list[str]:
         lambda: VsaModelAverager(net(), None, bundles=2),
         lambda: VsaModelAverager(net().requires_grad_(False), None),
         lambda: VsaModelAverager(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
+        lambda: VsaModelAverager(net(), torch.optim.AdamW(model.parameters())),
     ):
         with pytest.raises(ValueError) as raised:  # noqa: PT011  # the messages are compared below
             make_it()
@@ -304,6 +394,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
                 "unknown setting bundles",
                 "no parameter that requires a gradient",
                 "give every rank an optimizer of its own",
+                "the optimizer has none of the model's parameters",
             ),
             strict=True,
         ):

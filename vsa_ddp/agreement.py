@@ -13,7 +13,12 @@ _DIGEST_BITS = 20
 """Squares of digests, summed over up to 8192 ranks, are exact in float64."""
 
 
-def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
+def check_agreement(
+    mine: dict[str, Any],
+    group: dist.ProcessGroup,
+    rule: str = "use the same settings for vsa_ddp",
+    remedy: str = "Pass the same settings, model, seed and checkpoint on every rank.",
+) -> None:
     """Compare `mine` with every other rank's. Blocks; collective over `group`.
 
     An entry that is a dict may be long: it is sent only if digests of it differ, and its first difference is named.
@@ -31,10 +36,7 @@ def check_agreement(mine: dict[str, Any], group: dist.ProcessGroup) -> None:
         listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
         differences.append(f"{name} ({listed})")
     if differences:
-        raise ValueError(
-            f"all ranks must use the same settings for vsa_ddp, but they differ in {'; '.join(differences)}. "
-            "Pass the same settings, model, seed and checkpoint on every rank."
-        )
+        raise ValueError(f"all ranks must {rule}, but they differ in {'; '.join(differences)}. {remedy}")
 
 
 def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:

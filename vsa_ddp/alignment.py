@@ -84,12 +84,16 @@ class Alignment:
         self._applied_P = self.factors(num_steps, own_share)
         torch._foreach_mul_(torch.split(update_N, self._sizes), self._applied_P.unbind())
 
-    def observe(self, own: Iterable[Tensor], mean_N: Tensor) -> None:
-        """Each parameter's update as the optimizer made it, of any shape, and the ranks' mean of what was sent."""
-        own = [update.flatten().float() for update in own]
-        mean = torch.split(mean_N.float(), self._sizes)
-        own_P = torch.stack(torch._foreach_norm(own)).square()
-        # not by `dot`, whose rounding depends on where in memory its arguments lie
-        common_P = torch.stack([(mine * ours).sum() for mine, ours in zip(own, mean, strict=True)]) / self._applied_P
-        known_2P = self.moments_2P * _DECAY + torch.stack([own_P, common_P])
+    def observe(self, updates: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Of each parameter, in order: the update as the optimizer made it, and the ranks' mean of what they sent, of
+        the same shape."""
+        found_2P = torch.stack([_products(own.float(), mean.float()) for own, mean in updates], 1)
+        found_2P[1] /= self._applied_P
+        known_2P = self.moments_2P * _DECAY + found_2P
         self.moments_2P = torch.where(known_2P.isfinite().all(0), known_2P, self.moments_2P)
+
+
+def _products(own: Tensor, mean: Tensor) -> Tensor:
+    """An update with itself, and with the ranks' mean one. Shape: (2,)."""
+    # not by `dot`, whose rounding depends on where in memory its arguments lie, nor by a norm, which rounds more
+    return torch.stack([own.square().sum(), (own * mean).sum()])

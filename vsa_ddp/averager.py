@@ -23,7 +23,7 @@ from vsa_ddp.changes import fill_buckets
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
-from vsa_ddp.register import FAMILY_SETTINGS, Family, optimizer_family, unwrapped
+from vsa_ddp.register import FAMILY_SETTINGS, Family, layers, optimizer_family
 from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
@@ -43,7 +43,7 @@ def default_settings(family: Family) -> dict[str, Any]:
 class VsaModelAverager(ModelAverager):
     """Averages the ranks' models every `period` steps, in place of their gradients in each.
 
-        averager = vsa_ddp.VsaModelAverager(model, optimizer, period=5)
+        averager = vsa_ddp.VsaModelAverager(model, optimizer)
         for x, y in loader:
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
@@ -97,11 +97,7 @@ class VsaModelAverager(ModelAverager):
         for name, value, least in (("period", period, 1), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
-        if hasattr(optimizer, "_overlap_with_ddp"):  # torch's ZeroRedundancyOptimizer, whose import warns
-            raise ValueError(
-                "ZeroRedundancyOptimizer sends every rank's share of the parameters in each step, so ranks cannot step "
-                "alone; give every rank an optimizer of its own."
-            )
+        _check_optimizer(optimizer, model)
         super().__init__(process_group)
         self.period = period
         self.warmup_steps = warmup_steps
@@ -129,11 +125,13 @@ class VsaModelAverager(ModelAverager):
             logger.info("changes are lengthened, by a factor of up to %.2f", 1 + (ranks**0.5 - 1) / period)
             for bucket in self._buckets:
                 bucket.align(ranks)
-        self._second_moment = SecondMoment(unwrapped(optimizer), warmup_steps)
+        self._second_moment = SecondMoment(layers(optimizer)[-1], warmup_steps)
         self._num_bytes = sum(p.nbytes for p in self._parameters.values())
         self._num_elements = sum(p.numel() for p in self._parameters.values())
+        self._counted = 0  # what `step` is, if nobody else sets it
         self._steps_apart = 0
         self._last_apart = 0  # at the last average
+        self._failure: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"VsaModelAverager(step={self.step}, period={self.period}, rescale={self._rescale}, state={self._state})"
@@ -145,10 +143,16 @@ class VsaModelAverager(ModelAverager):
         Args:
             params: not needed; parameters or param_groups, as torch's averagers get them.
 
-        Raises: see `synchronize`; ValueError if `params` has one that is not the model's.
+        Raises: see `synchronize`; ValueError if `params` has one that is not the model's, or if something else has set
+            `step`.
         """
         self._check(params)
-        self.step += 1
+        if self.step != self._counted:
+            raise ValueError(
+                f"step was set to {self.step}, as PostLocalSGDOptimizer does when it is loaded, but this averager is "
+                f"at {self._counted}; load its own state too, or it would take what was loaded for a change."
+            )
+        self._counted = self.step = self.step + 1
         if self.step <= self.warmup_steps:
             if self.step == self.warmup_steps:
                 for name, common in self._common.items():
@@ -163,8 +167,10 @@ class VsaModelAverager(ModelAverager):
         """Average now, if there was a step since the last average: before an evaluation, and after the last step.
 
         Raises: ValueError, on every rank, if the ranks are not at the same step; or if the model trains a parameter
-            that it did not train when this was made. RuntimeError as `vsa_hook` does.
+            that it did not train when this was made. RuntimeError as `vsa_hook` does, and if an average before this
+            one failed here.
         """
+        self._raise_failure()
         self._meet()
         if not self._steps_apart:
             return
@@ -173,7 +179,13 @@ class VsaModelAverager(ModelAverager):
         if self._steps_apart != self._last_apart:
             self._state.sigma.forget()  # the change of one step is no measure for that of twenty
         self._last_apart, self._steps_apart = self._steps_apart, 0
-        own_share = self._second_moment.own_share(self.step - self.warmup_steps)
+        try:
+            self._average(self._second_moment.own_share(self.step - self.warmup_steps))
+        except BaseException as failure:  # this rank has some of the means, and the others may have all of them
+            self._failure = failure
+            raise
+
+    def _average(self, own_share: float) -> None:
         futures = []
         for bucket in self._buckets:
             bucket.begin(self._last_apart, own_share)
@@ -191,7 +203,8 @@ class VsaModelAverager(ModelAverager):
 
     def state_dict(self) -> dict[str, Any]:
         """Loads with `torch.load(..., weights_only=True)`. Every rank saves this and its optimizer, and between two
-        averages its model too."""
+        averages its model too. Raises: RuntimeError after an average that failed here."""
+        self._raise_failure()
         common = {name: t.detach().clone() for name, t in self._common.items()}
         alignment = {name: t.clone() for bucket in self._buckets for name, t in bucket.alignment().items()}
         return {
@@ -213,7 +226,8 @@ class VsaModelAverager(ModelAverager):
         if absent := sorted(_SAVED - saved.keys()):
             raise ValueError(f"this is not what VsaModelAverager.state_dict gives: it has no {', '.join(absent)}.")
         self._state.load_state_dict(saved["state"])
-        self.step, self._steps_apart, self._last_apart = saved["step"], saved["steps_apart"], saved["last_apart"]
+        self._counted = self.step = saved["step"]
+        self._steps_apart, self._last_apart = saved["steps_apart"], saved["last_apart"]
         for name, common in self._common.items():
             common.copy_(saved["common"][name])
         self._second_moment.steps_together = saved["steps_together"]
@@ -224,6 +238,12 @@ class VsaModelAverager(ModelAverager):
         for bucket in self._buckets:
             bucket.load_alignment(saved["alignment"])
 
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an average failed on this rank: {self._failure!r}; go on from a checkpoint, on every rank."
+            ) from self._failure
+
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
@@ -231,16 +251,20 @@ class VsaModelAverager(ModelAverager):
     def _meet(self) -> None:
         """Make sure that all ranks average the same step. Collective, blocks. Raises: see `synchronize`."""
         known = {id(p) for p in self._parameters.values()}
-        if new := [name for name, p in _trained(self._model).items() if id(p) not in known]:
-            raise ValueError(
-                f"{', '.join(new[:3])} was unfrozen or replaced after the averager was made, and would never be "
-                "averaged; make a new averager then, on every rank."
-            )
-        count = torch.tensor([1, self.step, self.step**2], device=self._device)
+        new = [name for name, p in averaged_parameters(self._model) if id(p) not in known]
+        count = torch.tensor([1, self.step, self.step**2, bool(new)], device=self._device)
         dist.all_reduce(count, group=self.process_group)
-        ranks, total, squares = count.tolist()
+        ranks, total, squares, changed = count.tolist()
+        if changed:
+            raise ValueError(
+                f"{', '.join(new[:3]) or 'a parameter of another rank'} was unfrozen or replaced after the averager "
+                "was made, and would never be averaged; make a new averager then, on every rank."
+            )
         if ranks * squares != total**2:
-            check_agreement({"step": self.step}, self.process_group)
+            remedy = (
+                "Call average_parameters equally often on each: cut every epoch to that of the rank with least data."
+            )
+            check_agreement({"step": self.step}, self.process_group, "average in the same step", remedy)
 
     def _check(self, params: Iterable[Any] | None) -> None:
         """Raises: ValueError for parameters that are not the model's."""
@@ -253,6 +277,31 @@ class VsaModelAverager(ModelAverager):
                     f"a parameter of shape {tuple(p.shape)} is none of the model's; make the averager with the model "
                     "that is trained."
                 )
+
+
+def _check_optimizer(optimizer: Optimizer | None, model: torch.nn.Module) -> None:
+    """Raises: ValueError for one that ranks share, or that steps another model."""
+    if optimizer is None:
+        return
+    # torch's ZeroRedundancyOptimizer, whose import warns
+    if any(hasattr(layer, "_overlap_with_ddp") for layer in layers(optimizer)):
+        raise ValueError(
+            "ZeroRedundancyOptimizer sends every rank's share of the parameters in each step, so ranks cannot step "
+            "alone; give every rank an optimizer of its own."
+        )
+    known = {id(p) for p in model.parameters()}
+    is_known = [id(p) in known for group in optimizer.param_groups for p in group["params"]]
+    if is_known and not any(is_known):
+        raise ValueError(
+            "the optimizer has none of the model's parameters, which it would never step; make it of those that are "
+            "averaged."
+        )
+    if not all(is_known):
+        logger.warning(
+            "%d of the optimizer's %d parameters are none of the model's: this averager leaves them to each rank",
+            is_known.count(False),
+            len(is_known),
+        )
 
 
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:

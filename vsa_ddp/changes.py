@@ -53,9 +53,7 @@ class ChangeBucket:
     def finish(self) -> None:
         """Go on from where the ranks' mean change leads to."""
         if self._alignment:
-            for common, p, _ in self._parts():
-                torch.sub(common, p, out=p)  # what this rank changed, where nothing else is needed any more
-            self._alignment.observe(self._parameters.values(), self._change_N)
+            self._alignment.observe((common - p, mean) for common, p, mean in self._parts())
         for common, p, mean in self._parts():
             p.copy_(common.sub_(mean))
         self._change_N = torch.empty(0)

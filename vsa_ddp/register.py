@@ -30,8 +30,8 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
 _WRAPPED = ("optim", "optimizer", "base_optimizer")
 
 
-def unwrapped(optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer itself, out of its wrappers.
+def layers(optimizer: Optimizer | None) -> list[Any]:
+    """The optimizer's wrappers from outside in, and at the end itself; None alone for None.
 
     Raises: TypeError for what is no optimizer.
     """
@@ -40,9 +40,10 @@ def unwrapped(optimizer: Optimizer | None) -> Optimizer | None:
             f"optimizer must be a torch Optimizer or None, got {type(optimizer).__name__}; of several pass one, and "
             "settings by name."
         )
-    while inner := next(filter(None, (getattr(optimizer, name, None) for name in _WRAPPED)), None):
-        optimizer = inner
-    return optimizer
+    found: list[Any] = [optimizer]
+    while inner := next(filter(None, (getattr(found[-1], name, None) for name in _WRAPPED)), None):
+        found.append(inner)
+    return found
 
 
 def optimizer_family(optimizer: Optimizer | None) -> Family:
@@ -50,7 +51,7 @@ def optimizer_family(optimizer: Optimizer | None) -> Family:
 
     Raises: TypeError for what is no optimizer.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = layers(optimizer)[-1]
     plain = isinstance(optimizer, SGD | ASGD | Rprop | LBFGS) or "SGD" in type(optimizer).__name__
     return "sgd" if plain else "adam"
 
