@@ -159,7 +159,7 @@ class Advice:
         )
         mine, dense, half = (_rounded(self.ms[method]) for method in (self.wire, "dense", "half"))
         how = f"bundle {self.bundle}" + (f" and sparsity {self.sparsity}" if self.sparsity > 1 else "")
-        times = f"{mine} ms a step by {self.wire} with {how}, {dense} dense, {half} in 16 bits"
+        times = f"{mine} ms of communication a step by {self.wire} with {how}, {dense} dense, {half} in 16 bits"
         if self.pays:
             return f'use wire="{self.wire}": {times} ({setting})'
         return f"leave compression off, it does not pay here: {times} ({setting})"
