@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,7 +35,7 @@ from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.averager import default_settings
+from vsa_ddp.averager import COMPRESSION, default_settings
 from vsa_ddp.register import FAMILY_SETTINGS, Family
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
@@ -46,19 +46,23 @@ METHODS = (
     "bf16",
     *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
     *(f"sparsity {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
+    "two-shot 64",
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     *(f"demo {count}" for count in (8, 32, 128)),
+    "onebit-adam",
     "terngrad",
     "drive",
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
+    *(f"diloco {period}" for period in (20, 80)),
     *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 4, 8, 32) for sparsity in (8, 64)),
+    "vsa-local 1, two-shot",
     "alone",
 )
-"""With their bundle, sparsity, rank, coefficients or steps between averages, which "vsa-local" compresses by a sparsity
-of n. "alone": no communication at all."""
-OURS = ("bundle", "sparsity", "vsa-local")
+"""With their bundle, sparsity, compression, rank, coefficients or steps between averages, which "vsa-local" compresses
+by a sparsity of n, or by the two_shot wire as much as it does by itself. "alone": no communication at all."""
+OURS = ("bundle", "sparsity", "two-shot", "vsa-local")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,51 +112,76 @@ _FEWER = (
     "powersgd 4",
     "drive",
     "local 80",
+    "diloco 80",
     "alone",
 )
+_FOR_SGD = tuple(method for method in METHODS if method != "onebit-adam")
+_MANY_RANKS = (*_FEWER, "two-shot 64", "vsa-local 1, two-shot")
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
     ),
     "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5),
-    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354),
-    "sgd-digits": Suite(task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05),
+    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354, methods=_FOR_SGD),
+    "sgd-digits": Suite(task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, methods=_FOR_SGD),
     "adamw-digits": Suite(task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3),
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5),
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=100, base_lr=4e-3 / 2**1.5, methods=_FEWER),
     "adamw-char-16": Suite(
-        task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_FEWER
+        task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
 }
-IN_README = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
+README_SUITES = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
+README_METHODS = (
+    "dense",
+    "bundle 1",
+    "sparsity 8",
+    "sparsity 64",
+    "vsa-local 1, n=8",
+    "vsa-local 1, n=64",
+    "vsa-local 8, n=64",
+    "powersgd 1",
+    "powersgd 4",
+    "drive",
+    "alone",
+)
 
 
 # Running
 
 
 def parse(method: str) -> tuple[str, str, str]:
-    """What a method is, its number, and the sparsity of local steps: "vsa-local 8, n=64" is "vsa-local", "8", "64"."""
-    name, _, settings = method.partition(" ")
-    number, _, sparsity = settings.partition(", n=")
-    return name, number, sparsity
+    """What a method is, its number, and the code of local steps: "vsa-local 8, n=64" is "vsa-local", "8", "n=64"."""
+    name, _, rest = method.partition(" ")
+    number, _, code = rest.partition(", ")
+    return name, number, code
+
+
+def settings(method: str) -> dict[str, Any]:
+    """Of ours, which are fields of `VsaConfig`."""
+    name, number, code = parse(method)
+    if name == "vsa-local":
+        two_shot = {"wire": "two_shot", "compression": COMPRESSION}
+        return two_shot if code == "two-shot" else {"sparsity": int(code.removeprefix("n="))}
+    return {"wire": "two_shot", "compression": float(number)} if name == "two-shot" else {name: int(number)}
 
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
-    name, number, sparsity = parse(trial.method)
+    name, number, _ = parse(trial.method)
     family: Family = "adam" if trial.optimizer == "adamw" else "sgd"
-    if name == "local":
-        return rivals.Dense(shapes, trial.seed)
-    if name == "vsa-local":
-        return LockstepHook(shapes, VsaConfig(seed=trial.seed, sparsity=int(sparsity), **default_settings(family)))
-    if name in ("bundle", "sparsity"):
-        settings = {name: int(number), "seed": trial.seed, **FAMILY_SETTINGS[family]}
-        return LockstepHook(shapes, VsaConfig.from_settings(settings))
+    if name in OURS:
+        defaults = default_settings(family) if name == "vsa-local" else FAMILY_SETTINGS[family]
+        return LockstepHook(shapes, VsaConfig.from_settings({"seed": trial.seed, **defaults, **settings(trial.method)}))
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number))
     if name == "demo":
         return rivals.DeMo(shapes, trial.seed, int(number))
+    if name == "onebit-adam":
+        return rivals.OneBitAdam(shapes, trial.seed, trial.momentum, trial.steps * 3 // 20)
     kinds = {
         "dense": rivals.Dense,
+        "local": rivals.Dense,
+        "diloco": rivals.DiLoCo,
         "bf16": rivals.Bf16,
         "terngrad": rivals.TernGrad,
         "drive": rivals.RotatedSign,
@@ -165,14 +194,14 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
 def period(method: str) -> int | None:
     """Steps between averages of the weights; None for methods that average gradients."""
     name, number, _ = parse(method)
-    return int(number or 0) if name in ("local", "vsa-local", "alone") else None
+    return int(number or 0) if name in ("local", "diloco", "vsa-local", "alone") else None
 
 
 def run(trial: Trial) -> Record:
     """Train. Losses are None once a loss was not finite or far above where it began."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    losses, sent_bytes, models = (train_apart if period(trial.method) is not None else train_together)(trial)
+    losses, averager, models = (train_apart if period(trial.method) is not None else train_together)(trial)
     good = all(math.isfinite(loss) for loss in losses) and len(losses) == trial.steps
     num_parameters = sum(p.numel() for p in models[0].parameters())
     return {
@@ -180,23 +209,23 @@ def run(trial: Trial) -> Record:
         "heldout_loss": TASKS[trial.task].heldout_loss(models[0]) if good else None,
         "train_loss": statistics.mean(losses[-max(1, trial.steps // 10) :]) if good else None,
         "losses": [statistics.mean(losses[i : i + 10]) for i in range(0, len(losses), 10)],
-        "sent_bytes_per_step": sent_bytes / trial.steps,
+        "sent_bytes_per_step": averager.sent_bytes / trial.steps if averager else 0.0,
+        "received_bytes_per_step": averager.received_bytes / trial.steps if averager else 0.0,
         "num_parameters": num_parameters,
         "seconds": time.perf_counter() - start,
     }
 
 
-def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
+def train_together(trial: Trial) -> tuple[list[float], Averager | None, list[nn.Module]]:
     """One model, on which the ranks' gradients are averaged."""
     task = TASKS[trial.task]
     torch.manual_seed(trial.seed)
     model = task.model()
     parameters = list(model.parameters())
     averager = make_averager(trial, shapes_of(model))
-    if isinstance(averager, rivals.DeMo):
-        # The decay of AdamW in `make_optimizer`; SGD would add its own to the signs
-        decayed = [{"params": parameters, "weight_decay": 0.1}]
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(decayed, trial.lr, betas=(0.0, 0.0))
+    optimizer: torch.optim.Optimizer
+    if isinstance(averager, rivals.DeMo | rivals.OneBitAdam):
+        optimizer = torch.optim.SGD(parameters, trial.lr, weight_decay=0.1)  # as AdamW's in `make_optimizer`
     else:
         optimizer = make_optimizer(model, trial.optimizer, trial.lr, trial.momentum)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, trial.steps))
@@ -219,10 +248,10 @@ def train_together(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
             p.grad = mean.view_as(p)
         optimizer.step()
         scheduler.step()
-    return losses, averager.sent_bytes, [model]
+    return losses, averager, [model]
 
 
-def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
+def train_apart(trial: Trial) -> tuple[list[float], Averager | None, list[nn.Module]]:
     """A model for each rank; what they changed is averaged every so many steps and at the end, or never."""
     task, every = TASKS[trial.task], period(trial.method)
     models, optimizers, schedulers = [], [], []
@@ -255,7 +284,7 @@ def train_apart(trial: Trial) -> tuple[list[float], float, list[nn.Module]]:
             common_N = common_N - averager.average(changes_WN, step % every or every)
             for model in models:
                 vector_to_parameters(common_N.clone(), model.parameters())
-    return losses, averager.sent_bytes if averager else 0.0, models
+    return losses, averager, models
 
 
 def rank_orders(trial: Trial) -> list[torch.Generator]:
@@ -281,10 +310,10 @@ def trains(runs: list[Record]) -> bool:
 def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for `register` with AdamW, a quarter for signs, half for ranks that step alone without being
     lengthened; the dense rate for all others."""
-    name, number, _ = parse(method)
-    if name in ("bundle", "sparsity") and suite.optimizer == "adamw":
-        return suite.base_lr * learning_rate_factor(**{name: int(number)})
-    return suite.base_lr * {"demo": 0.25, "local": 0.5, "alone": 0.5}.get(name, 1.0)
+    name = parse(method)[0]
+    if name in ("bundle", "sparsity", "two-shot") and suite.optimizer == "adamw":
+        return suite.base_lr * learning_rate_factor(**settings(method))
+    return suite.base_lr * {"demo": 0.25, "onebit-adam": 0.25, "local": 0.5, "diloco": 0.5, "alone": 0.5}.get(name, 1.0)
 
 
 def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
@@ -347,14 +376,18 @@ def best_runs(suite: Suite, method: str, runs: list[Record]) -> list[Record]:
 
 def label(method: str) -> str:
     """A method in words that need no page."""
-    name, number, sparsity = parse(method)
+    name, number, code = parse(method)
     return {
         "dense": "plain DDP",
         "sparsity": f"`register`, n={number}",
         "bundle": f"`register`, B={number}",
-        "vsa-local": f"`VsaModelAverager`, period {number}, n={sparsity}",
+        "two-shot": f"`register`, two_shot, {number}",
+        "vsa-local": f"`VsaModelAverager`, period {number}, {code}",
         "powersgd": f"PowerSGD {number}",
+        "drive": "DRIVE",
         "demo": f"DeMo, {number} coefficients",
+        "onebit-adam": "1-bit Adam",
+        "diloco": f"DiLoCo, period {number}",
         "local": f"local SGD, period {number}",
         "alone": "no communication",
     }.get(name, method)
@@ -365,10 +398,10 @@ def against(mean: float, dense: float) -> str:
 
 
 def summary(results: Results) -> str:
-    """The README's table: methods that ran with all seeds in at least four of its suites, by the bytes they save."""
-    suites = [name for name in IN_README if _complete(SUITES[name], "dense", results)]
-    found = {m: {name: _complete(SUITES[name], m, results) for name in suites} for m in METHODS}
-    found = {method: by for method, by in found.items() if sum(map(bool, by.values())) >= 4}
+    """The README's table, by the bytes that methods save; empty where not all seeds ran."""
+    suites = [name for name in README_SUITES if _complete(SUITES[name], "dense", results)]
+    found = {m: {name: _complete(SUITES[name], m, results) for name in suites} for m in README_METHODS}
+    found = {method: by for method, by in found.items() if any(by.values())}
 
     def saving(method: str) -> float:
         each = [compression(runs) or math.inf for runs in found[method].values() if runs]
@@ -381,6 +414,13 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
+def envelope(suite: Suite, results: Results) -> set[str]:
+    """Of the methods that ran with all seeds, those than which none loses less while as few bytes are received."""
+    found = {m: runs for m in METHODS if (runs := _complete(suite, m, results))}
+    points = {m: (runs[0]["received_bytes_per_step"], statistics.mean(map(score, runs))) for m, runs in found.items()}
+    return {m for m, (at, loss) in points.items() if all(a > at or each >= loss for a, each in points.values())}
+
+
 def _complete(suite: Suite, method: str, results: Results) -> list[Record]:
     """Its best runs, if they have all seeds and none diverged."""
     runs = best_runs(suite, method, results["runs"])
@@ -388,51 +428,59 @@ def _complete(suite: Suite, method: str, results: Results) -> list[Record]:
 
 
 def _cell(method: str, runs: list[Record], dense: list[Record]) -> str:
-    """Loss against plain DDP's, and compression; plain DDP's own loss and its range."""
+    """Loss against plain DDP's, and times fewer bytes handed over and received; plain DDP's own loss and its range."""
     if not runs:
         return ""
     losses = [score(r) for r in runs]
     mean, reference = statistics.mean(losses), statistics.mean(map(score, dense))
     if method == "dense":
         return f"{mean:.3f} ({min(losses):.3f} to {max(losses):.3f})"
-    times = compression(runs)
-    return against(mean, reference) + (f", {times:.0f} x" if times else "")
+    handed, received = compression(runs), compression(runs, "received")
+    return against(mean, reference) + (f", {handed:.0f} / {received:.0f} x" if handed and received else "")
 
 
 def report(results: Results) -> str:
     """The tables of a results file, as Markdown."""
     lines = page_head("Loss against bytes: every method at its own best learning rate", "bench_training", results)
     lines += ["", "Each suite's plots lie beside this page, under its name."]
-    lines += [f"Fewer than {len(SEEDS)} losses in brackets: this method's search is not at its end."]
+    lines += ["Handed over and received: times fewer bytes than plain DDP, whose all-reduce is a ring."]
+    lines += ["Methods in bold are the lower envelope: none that ran with all seeds receives as little and loses less."]
+    lines += ["An asterisk: the search for its learning rate, or its seeds, is not at its end."]
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         if not any(found.values()):
             continue
         lines += ["", f"## {name}: {suite.task}, {suite.optimizer}, {suite.steps} steps, {suite.world_size} ranks", ""]
-        lines += ["| method | compression | learning rate | momentum | held-out loss (seeds) | against dense |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += [
+            "| method | handed over | received | learning rate | momentum | held-out loss (seeds) | against dense |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|"]
         dense = statistics.mean(map(score, found["dense"])) if found["dense"] else math.nan
+        best = envelope(suite, results)
         for method, runs in found.items():
             if not runs:
                 continue
             mean = statistics.mean(map(score, runs))
             each = ", ".join(f"{score(r):.3f}" for r in sorted(runs, key=lambda r: r["seed"]))
+            shown = f"**{method}**" if method in best else method
+            shown += " *" if any(waiting(suite, method, results["runs"])) else ""
             lines.append(
-                f"| {method} | {_compression(runs)} | {runs[0]['lr']:.4g} | {runs[0]['momentum']:g} | "
-                f"{mean:.3f} ({each}) | {against(mean, dense)} |"
+                f"| {shown} | {_times(runs, 'sent')} | {_times(runs, 'received')} | {runs[0]['lr']:.4g} | "
+                f"{runs[0]['momentum']:g} | {mean:.3f} ({each}) | {against(mean, dense)} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def compression(runs: list[Record]) -> float | None:
-    """Times fewer bytes than float32; None if nothing was sent."""
-    sent = runs[0]["sent_bytes_per_step"]
-    return 4 * runs[0]["num_parameters"] / sent if sent else None
+def compression(runs: list[Record], way: Literal["sent", "received"] = "sent") -> float | None:
+    """Times fewer bytes handed over or received than by plain DDP, a ring; None if nothing was sent."""
+    r = runs[0]
+    dense = 4 * r["num_parameters"] * (1 if way == "sent" else 2 * (r["world_size"] - 1) / r["world_size"])
+    return dense / r[f"{way}_bytes_per_step"] if r["sent_bytes_per_step"] else None
 
 
-def _compression(runs: list[Record]) -> str:
-    times = compression(runs)
-    return f"{times:.1f} x" if times else "nothing sent"
+def _times(runs: list[Record], way: Literal["sent", "received"]) -> str:
+    times = compression(runs, way)
+    return f"{times:.1f} x" if times else "nothing"
 
 
 def plot(results: Results, beside: Path) -> None:
@@ -456,9 +504,9 @@ def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
     families: dict[str, list[tuple[float, list[float]]]] = {}
     for method, runs in found.items():
         losses = [score(r) for r in runs]
-        if at := compression(runs):
-            name, _, sparsity = parse(method)
-            family = f"{name}, n={sparsity}" if sparsity else name
+        if at := compression(runs, "received"):
+            name, _, code = parse(method)
+            family = f"{name}, {code}" if code else name
             families.setdefault(family, []).append((at, losses))
         else:
             panel.axhline(statistics.mean(losses), color="grey", linestyle=":", label=label(method))
@@ -469,7 +517,7 @@ def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
         spread += [[max(each) - m for m, (_, each) in zip(mean, points, strict=True)]]
         thick = 2.5 if family.startswith(OURS) else 1
         panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
-    panel.set(xscale="log", xlabel="times fewer bytes than float32", ylabel="held-out loss")
+    panel.set(xscale="log", xlabel="times fewer bytes received than by plain DDP", ylabel="held-out loss")
     panel.legend(fontsize=7)
 
 
@@ -480,7 +528,9 @@ def _plot_steps(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
         window = max(1, len(runs[0]["losses"]) // 100)
         curves = torch.tensor([r["losses"] for r in runs]).unfold(1, window, window).mean(2)
         steps = [runs[0]["steps"] * (i + 1) / curves.shape[1] for i in range(curves.shape[1])]
-        (line,) = panel.plot(steps, curves.mean(0), label=f"{label(method).replace('`', '')}, {_compression(runs)}")
+        (line,) = panel.plot(
+            steps, curves.mean(0), label=f"{label(method).replace('`', '')}, {_times(runs, 'received')}"
+        )
         panel.fill_between(steps, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.2, linewidth=0)
     panel.set(xscale="log", xlabel="step", ylabel="training loss")
     if found:
@@ -513,7 +563,7 @@ def main(
                 task=base.task, optimizer=base.optimizer, method=method, lr=base.base_lr, momentum=0.9, steps=40
             )
             store.add(run(trial))
-        typer.echo("\n".join(f"{r['method']}: {score(r):.3f}, {_compression([r])}" for r in store.list))
+        typer.echo("\n".join(f"{r['method']}: {score(r):.3f}, {_times([r], 'sent')}" for r in store.list))
         return
     store.write_page(report)
     if store.file is not None:

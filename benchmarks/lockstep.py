@@ -116,13 +116,19 @@ class LockstepHook:
         """Handed over by one rank so far."""
         return self.counter.totals.wire_bytes
 
+    @property
+    def received_bytes(self) -> float:
+        """By one rank so far, as its collectives work."""
+        return self.counter.totals.received_bytes
+
     def average(self, gradient_WN: Tensor) -> Tensor:
         """The gradient that every rank would go on with. Overwrites what it is given. Shapes: (W, N) -> (N,)."""
         state, codec, step = self._state, self._codec, self.step
         self.step += 1
         scales = [state.measure_scales(codec, g_N, step) for g_N in gradient_WN]
         if state.sends_exact(step):
-            self.counter.add(wire_bytes=gradient_WN[0].nbytes + scales[0].nbytes)
+            w, handed = len(gradient_WN), gradient_WN[0].nbytes + scales[0].nbytes
+            self.counter.add(wire_bytes=handed, received_bytes=2 * handed * (w - 1) // w)
             state.update_scales(codec, step, torch.stack(scales).mean(0))
             return gradient_WN.mean(0)
         keys = codec.keys(step)
@@ -143,6 +149,7 @@ class Averager(Protocol):
 
     sent_bytes: float
     """Handed over by one rank so far."""
+    received_bytes: float
 
     def average(self, gradient_WN: Tensor) -> Tensor:
         """The gradient that every rank goes on with. May overwrite what it is given. Shapes: (W, N) -> (N,)."""
@@ -161,6 +168,10 @@ class LockstepAverager:
         """Handed over by one rank so far."""
         return self._averager.sent_bytes
 
+    @property
+    def received_bytes(self) -> float:
+        return self._averager.received_bytes
+
     def average(self, change_WN: Tensor, num_steps: int) -> Tensor:
         """The change that every rank would make, after so many steps. Shapes: (W, N) -> (N,)."""
         sent_WN = change_WN.clone()
@@ -168,5 +179,5 @@ class LockstepAverager:
             alignment.lengthen_(sent_WN[rank], num_steps)
         mean_N = self._averager.average(sent_WN)
         for rank, alignment in enumerate(self._alignments):
-            alignment.observe(change_WN[rank].split(self._sizes), mean_N)
+            alignment.observe(zip(change_WN[rank].split(self._sizes), mean_N.split(self._sizes), strict=True))
         return mean_N

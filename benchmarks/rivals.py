@@ -2,7 +2,8 @@
 
 Every method takes the ranks' gradients and returns the one that all ranks go on with. Matrices are compressed, what has
 one dimension travels as it is, as in `vsa_ddp`. What they pack is counted at the density that a good implementation
-would reach: 1.6 bits for a ternary value, 1 for a sign.
+would reach: 1.6 bits for a ternary value, 1 for a sign. What the network can sum is reduced by a ring, which receives
+2 (W - 1) / W of what a rank hands over; all else is gathered from W - 1 ranks.
 
 Shape letters: W ranks, N elements of the gradient, R x C a matrix.
 """
@@ -25,6 +26,7 @@ class _Rival:
         self._shapes = shapes
         self._random = torch.Generator().manual_seed(seed)
         self.sent_bytes = 0.0
+        self.received_bytes = 0.0
         self.step = 0
 
     def average(self, gradient_WN: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ class _Rival:
                 mean_N[start:end] = self.average_matrix(name, part.reshape(len(part), shape[0], -1)).flatten()
             else:
                 mean_N[start:end] = part.mean(0)
-                self.sent_bytes += 4 * (end - start)
+                self.reduced(4 * (end - start), len(part))
             start = end
         self.step += 1
         return mean_N
@@ -46,20 +48,46 @@ class _Rival:
         """Shapes: (W, R, C) -> (R, C)."""
         raise NotImplementedError
 
+    def reduced(self, num_bytes: float, world_size: int) -> None:
+        """Count what the network sums."""
+        self.sent_bytes += num_bytes
+        self.received_bytes += num_bytes * 2 * (world_size - 1) / world_size
+
+    def gathered(self, num_bytes: float, world_size: int) -> None:
+        """Count what every rank gets of every other."""
+        self.sent_bytes += num_bytes
+        self.received_bytes += num_bytes * (world_size - 1)
+
 
 class Dense(_Rival):
     """A plain all-reduce."""
 
     def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
-        self.sent_bytes += 4 * g_WRC[0].numel()
+        self.reduced(4 * g_WRC[0].numel(), len(g_WRC))
         return g_WRC.mean(0)
+
+
+class DiLoCo(Dense):
+    """What ranks changed in several steps, averaged, is a gradient to Nesterov's momentum. Its rate and momentum are
+    the paper's. Source: Douillard et al. 2023, arXiv:2311.08105."""
+
+    lr, momentum = 0.7, 0.9
+
+    def __init__(self, shapes: Shapes, seed: int = 0) -> None:
+        super().__init__(shapes, seed)
+        self._velocity = torch.zeros(())
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        mean_N = super().average(gradient_WN)
+        self._velocity = self.momentum * self._velocity + mean_N
+        return self.lr * (mean_N + self.momentum * self._velocity)
 
 
 class Bf16(_Rival):
     """Cast to bfloat16 and summed in it, as torch's hook does."""
 
     def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
-        self.sent_bytes += 2 * g_WRC[0].numel()
+        self.reduced(2 * g_WRC[0].numel(), len(g_WRC))
         total = torch.zeros_like(g_WRC[0], dtype=torch.bfloat16)
         for g_RC in g_WRC:
             total += g_RC.bfloat16() / len(g_WRC)
@@ -67,8 +95,8 @@ class Bf16(_Rival):
 
 
 class PowerSGD(_Rival):
-    """Rank r, warm start, error feedback, exact for two steps. Source: Vogels et al. 2019, arXiv:1905.13727, as in
-    torch's powerSGD_hook with its defaults."""
+    """Rank r, warm start, error feedback, exact for two steps (torch's hook for 1000, or a tenth of a run, which would
+    be all or most of the bytes here). Source: Vogels et al. 2019, arXiv:1905.13727, as in torch's powerSGD_hook."""
 
     def __init__(self, shapes: Shapes, seed: int = 0, rank: int = 4, start_step: int = 2) -> None:
         super().__init__(shapes, seed)
@@ -80,7 +108,7 @@ class PowerSGD(_Rival):
         _, rows, cols = g_WRC.shape
         rank = min(rows, cols, self._rank)
         if self.step < self._start_step or (rows + cols) * rank * 2 > rows * cols:
-            self.sent_bytes += 4 * rows * cols
+            self.reduced(4 * rows * cols, len(g_WRC))
             return g_WRC.mean(0)
         m_WRC = g_WRC + self._error[name] if name in self._error else g_WRC
         q_Cr = self._q.get(name)
@@ -88,7 +116,7 @@ class PowerSGD(_Rival):
             q_Cr = torch.linalg.qr(torch.randn(cols, rank, generator=self._random)).Q
         p_Rr = torch.linalg.qr((m_WRC @ q_Cr).mean(0)).Q
         q_Cr = (m_WRC.mT @ p_Rr).mean(0)
-        self.sent_bytes += 4 * rank * (rows + cols)
+        self.reduced(4 * rank * (rows + cols), len(g_WRC))
         self._q[name] = torch.linalg.qr(q_Cr).Q
         mean_RC = p_Rr @ q_Cr.T
         self._error[name] = m_WRC - mean_RC
@@ -104,7 +132,7 @@ class TernGrad(_Rival):
         clipped = g_WRC.clamp(-limit_W11, limit_W11)
         scale = clipped.abs().max()
         kept = torch.rand(g_WRC.shape, generator=self._random) * scale < clipped.abs()
-        self.sent_bytes += 0.2 * g_WRC[0].numel() + 4
+        self.gathered(0.2 * g_WRC[0].numel() + 4, len(g_WRC))
         return (clipped.sign() * kept).mean(0) * scale
 
 
@@ -130,13 +158,13 @@ class ErrorFeedbackSign(_ErrorFeedback):
     """Signs times the mean magnitude of the tensor. Source: Karimireddy et al. 2019, arXiv:1901.09847."""
 
     def compress(self, wanted_WRC: Tensor) -> Tensor:
-        self.sent_bytes += wanted_WRC[0].numel() / 8 + 4
+        self.gathered(wanted_WRC[0].numel() / 8 + 4, len(wanted_WRC))
         return wanted_WRC.sign() * wanted_WRC.abs().mean((1, 2), keepdim=True)
 
 
 class TopK(_ErrorFeedback):
-    """The largest hundredth of each tensor's elements, a value and an index of 4 bytes each. Source: Stich et al. 2018,
-    arXiv:1809.07599."""
+    """The largest hundredth of each tensor's elements, each a value of 16 bits and a place of 12, as DeMo's. Source:
+    Stich et al. 2018, arXiv:1809.07599."""
 
     share = 0.01
 
@@ -144,8 +172,45 @@ class TopK(_ErrorFeedback):
         flat = wanted_WRC.flatten(1)
         count = max(1, round(self.share * flat.shape[1]))
         index = flat.abs().topk(count).indices
-        self.sent_bytes += 8 * count
+        self.gathered(3.5 * count, len(wanted_WRC))
         return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index)).view_as(wanted_WRC)
+
+
+class OneBitAdam(_Rival):
+    """An optimizer rather than a hook: what it returns is for plain SGD to step by. Adam for some steps; after them its
+    second moment stays, and momenta are averaged in one bit: signs times a mean magnitude, from ranks to owners of
+    shards and back, each keeping what it did not send. What had no gradient until then stays too, as its authors'
+    implementation masks it. Source: Tang et al. 2021, arXiv:2102.02888.
+
+    Args:
+        beta1: of the momentum; beta2 is `make_optimizer`'s.
+        warmup_steps: of Adam. The paper's are 15 to 25 % of a run.
+    """
+
+    beta2, eps = 0.95, 1e-8
+
+    def __init__(self, shapes: Shapes, seed: int, beta1: float, warmup_steps: int) -> None:
+        super().__init__(shapes, seed)
+        self._beta1, self._warmup_steps = beta1, warmup_steps
+        self._momentum_N = self._square_N = torch.zeros(())
+        self._to_owner, self._from_owner = ErrorFeedbackSign(shapes), ErrorFeedbackSign(shapes)
+
+    def average(self, gradient_WN: Tensor) -> Tensor:
+        momentum_WN = torch.lerp(gradient_WN, self._momentum_N.expand_as(gradient_WN), self._beta1)
+        if self.step < self._warmup_steps:
+            self.reduced(4 * gradient_WN[0].numel(), len(gradient_WN))
+            self._momentum_N = momentum_WN.mean(0)
+            self._square_N = torch.lerp(gradient_WN.mean(0).square(), self._square_N, self.beta2)
+        else:
+            mean_N = self._to_owner.average(momentum_WN)
+            self._momentum_N = self._from_owner.average(mean_N[None])
+            self.reduced(self._to_owner.sent_bytes, len(gradient_WN))
+            self._to_owner.sent_bytes = 0.0
+        self.step += 1
+        steps = min(self.step, self._warmup_steps)
+        root_N = (self._square_N / (1 - self.beta2**steps)).sqrt()
+        update_N = self._momentum_N / (1 - self._beta1**self.step) / (root_N + self.eps)
+        return torch.where(root_N > 0, update_N, 0.0)
 
 
 class DeMo(_Rival):
@@ -176,7 +241,7 @@ class DeMo(_Rival):
         spectrum = (self._cosines @ tiles @ self._cosines.T).flatten(3)
         index = spectrum.abs().topk(self._count).indices
         sent = torch.zeros_like(spectrum).scatter_(3, index, spectrum.gather(3, index)).view(tiles.shape)
-        self.sent_bytes += 3.5 * self._count * down * across
+        self.gathered(3.5 * self._count * down * across, w)
         mean = sent.sum(0) / sent.count_nonzero(0).clamp(min=1)
         momentum -= self._matrix(sent)
         return self._matrix(mean)[:rows, :cols]
@@ -203,5 +268,5 @@ class RotatedSign(_Rival):
             norm_T1 = y_TK.abs().sum(1, keepdim=True)
             scale = torch.where(norm_T1 > 0, y_TK.square().sum(1, keepdim=True) / norm_T1, 0.0)
             total += y_TK.sign() * scale
-        self.sent_bytes += padded[0].numel() / 8 + 2 * len(total)
+        self.gathered(padded[0].numel() / 8 + 2 * len(total), w)
         return (rotate(total / w) * signs).flatten()[:size].view_as(g_WRC[0])

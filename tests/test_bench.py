@@ -47,6 +47,14 @@ def test_the_readme_has_what_was_measured(bench: Any) -> None:
     assert bench.summary(stored(bench)) in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("suite", bench_training.SUITES)
+def test_no_other_method_is_on_the_lower_envelope_of_loss_against_bytes(suite: str) -> None:
+    best = bench_training.envelope(bench_training.SUITES[suite], stored(bench_training))
+    floors = {"dense", "alone"}  # what sends everything, and what sends nothing
+    assert best - floors
+    assert all(method.startswith(bench_training.OURS) for method in best - floors)
+
+
 def test_the_cost_models_constants_are_those_that_were_fitted() -> None:
     fit = bench_wire.Fit(stored(bench_wire)["records"], stored(bench_wire)["environment"]["rotation_s"])
     found = fit.constants()

@@ -75,7 +75,7 @@ def constant(shapes: Shapes, world_size: int = 4) -> Tensor:
         (rivals.TernGrad, 1.6),
         (rivals.RotatedSign, 1 + 16 / 1024),
         (rivals.ErrorFeedbackSign, 1),
-        (rivals.TopK, 0.64),
+        (rivals.TopK, 0.28),
     ],
 )
 def test_a_rivals_mean_is_right_over_many_steps_and_its_bytes_are_counted(kind: type, bits: float) -> None:
@@ -87,6 +87,9 @@ def test_a_rivals_mean_is_right_over_many_steps_and_its_bytes_are_counted(kind: 
     # clipping at 2.5 standard deviations takes 2 % off; the largest hundredth comes round every hundred steps
     assert error < (0.2 if kind in (rivals.TopK, rivals.TernGrad) else 0.1)
     assert rival.sent_bytes / steps == pytest.approx(64 * 48 * bits / 8 + 4 * 48, rel=0.01)
+    # by a ring of 4 ranks, or from 3 others
+    each_way = 1.5 if kind in (rivals.Dense, rivals.Bf16) else 3
+    assert rival.received_bytes / steps == pytest.approx(64 * 48 * bits / 8 * each_way + 4 * 48 * 1.5, rel=0.01)
 
 
 def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> None:
@@ -105,6 +108,38 @@ def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> No
     sent = 8 * 4 * (64 + 48) + 2 * 4 * 64 * 48 + 10 * 4 * 48
     assert power.sent_bytes == sent
     torch.testing.assert_close(total[: 64 * 48] + kept, 10 * gradient_WN.mean(0)[: 64 * 48], rtol=1e-3, atol=1e-3)
+
+
+def test_onebit_adam_begins_as_adam_and_then_forgets_no_momentum() -> None:
+    gradient_WN = constant(MATRIX)
+    size = gradient_WN.shape[1]
+    ours, theirs = (torch.nn.Parameter(torch.ones(size)) for _ in range(2))
+    rival = rivals.OneBitAdam(MATRIX, 0, beta1=0.9, warmup_steps=5)
+    by_rival = torch.optim.SGD([ours], 0.01, weight_decay=0.1)
+    adam = torch.optim.AdamW([theirs], 0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        ours.grad = rival.average(gradient_WN + step)
+        theirs.grad = gradient_WN.mean(0) + step
+        by_rival.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs)
+    assert rival.sent_bytes == 5 * 4 * size
+
+    steps, total = 2000, torch.zeros(size)
+    for _ in range(steps):
+        rival.average(gradient_WN)
+        total += rival._momentum_N
+    error = (total / steps - gradient_WN.mean(0)).norm() / gradient_WN.mean(0).norm()
+    assert error < 0.1
+    bits = 64 * 48 + 8 * 4 + 32 * 48  # signs, a scale, and what has one dimension
+    assert rival.sent_bytes == 5 * 4 * size + steps * bits / 8
+
+
+def test_diloco_steps_on_by_its_momentum() -> None:
+    gradient_WN = constant(MATRIX)
+    mean_N, rival = gradient_WN.mean(0), rivals.DiLoCo(MATRIX)
+    torch.testing.assert_close(rival.average(gradient_WN), 0.7 * 1.9 * mean_N)
+    torch.testing.assert_close(rival.average(0 * gradient_WN), 0.7 * 0.9 * 0.9 * mean_N)
 
 
 def test_demo_keeps_in_its_momentum_what_it_does_not_send() -> None:
@@ -195,6 +230,27 @@ def test_a_method_that_always_diverges_is_given_up() -> None:
     assert not list(waiting(suite, "dense", runs))
 
 
+def test_the_lower_envelope_has_those_that_nothing_beats_at_as_few_bytes() -> None:
+    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
+    points = {
+        "dense": (100, 2.1),
+        "bf16": (50, 2),
+        "drive": (4, 2.5),
+        "ef-sign": (4, 3),
+        "bundle 1": (5, 2.4),
+        "alone": (0, 9),
+    }
+    unfinished = {"method": "powersgd 1", "received_bytes_per_step": 1, "heldout_loss": 1, "seed": 0}
+    runs = [
+        {"method": method, "received_bytes_per_step": sent, "heldout_loss": loss, "seed": seed}
+        for method, (sent, loss) in points.items()
+        for seed in SEEDS
+    ]
+    shared = {"task": "digits", "optimizer": "sgd", "steps": 10, "world_size": 4, "lr": 0.1, "momentum": 0.9}
+    results = {"runs": [{**shared, **run} for run in [*runs, unfinished]]}
+    assert bench_training.envelope(suite, results) == {"bf16", "drive", "bundle 1", "alone"}
+
+
 def test_averaging_weights_in_every_step_of_plain_sgd_is_averaging_gradients() -> None:
     plain = {"task": "digits", "optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "steps": 5}
     apart = run(Trial(method="local 1", **plain))  # type: ignore[arg-type]
@@ -220,11 +276,21 @@ def test_ranks_that_take_turns_keep_no_message(wire: Any) -> None:
     assert num_tensors() == before
 
 
-@pytest.mark.parametrize("method", ["dense", "sparsity 8", "powersgd 1", "local 4", "vsa-local 4, n=64", "alone"])
+@pytest.mark.parametrize(
+    "method",
+    ["dense", "sparsity 8", "two-shot 64", "powersgd 1", "local 4", "diloco 4", "vsa-local 4, n=64", "alone"],
+)
 def test_every_kind_of_method_learns(method: str) -> None:
     found = run(Trial(task="digits", optimizer="sgd", method=method, lr=0.05, momentum=0.9, steps=30))
     assert found["losses"][-1] < found["losses"][0]
     assert found["heldout_loss"] < 2.3  # the logarithm of ten classes
+
+
+@pytest.mark.parametrize(("method", "lr"), [("demo 32", 2e-3), ("onebit-adam", 1e-4), ("vsa-local 1, two-shot", 2e-3)])
+def test_every_kind_of_method_for_adam_learns(method: str, lr: float) -> None:
+    found = run(Trial(task="digits", optimizer="adamw", method=method, lr=lr, momentum=0.9, steps=30))
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["heldout_loss"] < 2.3
 
 
 def test_a_run_that_diverges_says_so() -> None:
