@@ -35,7 +35,7 @@ from benchmarks.workers import check_names, check_options, work
 from launch.cli import run_command
 from launch.train import OptimizerName, make_optimizer, schedule
 from vsa_ddp import VsaConfig, learning_rate_factor
-from vsa_ddp.averager import COMPRESSION, default_settings
+from vsa_ddp.averager import default_settings
 from vsa_ddp.register import FAMILY_SETTINGS, Family
 
 RESULTS = Path(__file__).parent / "results" / "training_cpu2_202611.json"
@@ -57,11 +57,11 @@ METHODS = (
     *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
     *(f"diloco {period}" for period in (20, 80)),
     *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 4, 8, 32) for sparsity in (8, 64)),
-    "vsa-local 1, two-shot",
+    *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
     "alone",
 )
 """With their bundle, sparsity, compression, rank, coefficients or steps between averages, which "vsa-local" compresses
-by a sparsity of n, or by the two_shot wire as much as it does by itself. "alone": no communication at all."""
+by a sparsity of n, or by the two_shot wire. "alone": no communication at all."""
 OURS = ("bundle", "sparsity", "two-shot", "vsa-local")
 
 
@@ -116,7 +116,7 @@ _FEWER = (
     "alone",
 )
 _FOR_SGD = tuple(method for method in METHODS if method != "onebit-adam")
-_MANY_RANKS = (*_FEWER, "two-shot 64", "vsa-local 1, two-shot")
+_MANY_RANKS = (*_FEWER, "two-shot 64", "vsa-local 1, two-shot 128", "vsa-local 1, two-shot 256")
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
@@ -161,8 +161,7 @@ def settings(method: str) -> dict[str, Any]:
     """Of ours, which are fields of `VsaConfig`."""
     name, number, code = parse(method)
     if name == "vsa-local":
-        two_shot = {"wire": "two_shot", "compression": COMPRESSION}
-        return two_shot if code == "two-shot" else {"sparsity": int(code.removeprefix("n="))}
+        name, number = ("sparsity", code[2:]) if code.startswith("n=") else code.split(" ")
     return {"wire": "two_shot", "compression": float(number)} if name == "two-shot" else {name: int(number)}
 
 

@@ -286,7 +286,9 @@ def test_every_kind_of_method_learns(method: str) -> None:
     assert found["heldout_loss"] < 2.3  # the logarithm of ten classes
 
 
-@pytest.mark.parametrize(("method", "lr"), [("demo 32", 2e-3), ("onebit-adam", 1e-4), ("vsa-local 1, two-shot", 2e-3)])
+@pytest.mark.parametrize(
+    ("method", "lr"), [("demo 32", 2e-3), ("onebit-adam", 1e-4), ("vsa-local 1, two-shot 256", 2e-3)]
+)
 def test_every_kind_of_method_for_adam_learns(method: str, lr: float) -> None:
     found = run(Trial(task="digits", optimizer="adamw", method=method, lr=lr, momentum=0.9, steps=30))
     assert found["losses"][-1] < found["losses"][0]
