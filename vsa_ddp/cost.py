@@ -61,15 +61,15 @@ class Arithmetic:
 
 
 CPU_CORE = Arithmetic(
-    dense_ns=6.05,
-    half_ns=4.39,
-    element_ns=0.188,
-    trit_ns={"all_gather": 9.5, "all_reduce": 11.4, "two_shot": 20.7},
-    sparse_trit_ns={"all_gather": 4.6, "two_shot": 34.6},
-    gathered_trit_ns=0.0,
-    gathered_code_ns=11.8,
-    bucket_ms=14.7,
-    reference_rotation_s=0.00142,
+    dense_ns=4.99,
+    half_ns=4.43,
+    element_ns=2.2,
+    trit_ns={"all_gather": 0.591, "all_reduce": 6.32, "two_shot": 12.4},
+    sparse_trit_ns={"all_gather": 2.27, "two_shot": 21.9},
+    gathered_trit_ns=1.19,
+    gathered_code_ns=9.22,
+    bucket_ms=5.45,
+    reference_rotation_s=0.001,
 )
 """Fitted by `python -m benchmarks.bench_wire --report`; see benchmarks/results."""
 
