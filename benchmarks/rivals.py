@@ -95,8 +95,9 @@ class Bf16(_Rival):
 
 
 class PowerSGD(_Rival):
-    """Rank r, warm start, error feedback, exact for two steps (torch's hook for 1000, or a tenth of a run, which would
-    be all or most of the bytes here). Source: Vogels et al. 2019, arXiv:1905.13727, as in torch's powerSGD_hook."""
+    """Rank r, warm start, error feedback, exact for two steps. Torch advises a tenth of a run: in adamw-char-short rank 4
+    loses 3.8 % so, at 7 times fewer bytes, instead of 6.1 % at 20 (two seeds). Source: Vogels et al. 2019,
+    arXiv:1905.13727, as in torch's powerSGD_hook."""
 
     def __init__(self, shapes: Shapes, seed: int = 0, rank: int = 4, start_step: int = 2) -> None:
         super().__init__(shapes, seed)
