@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 import vsa_ddp
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaState, vsa_hook
+from vsa_ddp import VsaConfig, VsaState, state, vsa_hook
 from vsa_ddp.codec import Codec
 from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.layout import plan_bucket
@@ -330,3 +330,25 @@ def test_stats_of_a_new_state() -> None:
     stats = VsaState().compression_stats()
     assert stats.compression == 1.0
     assert not any(value for name, value in stats._asdict().items() if name != "compression")
+
+
+def warnings_of(rank: int, world_size: int, settings: dict[str, Any], many: int) -> list[str]:
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vsa_ddp").addHandler(handler)
+    state.MANY_PEERS = many
+    model, optimizer, _ = start(True, {}, settings)
+    steps(model, optimizer, rank, 0, 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "many", "warns"),
+    [({}, 1, True), ({}, 2, False), ({"wire": "two_shot"}, 1, False), ({"ranks_per_node": 2}, 1, False)],
+)
+def test_many_ranks_that_gather_are_told_what_they_receive(
+    tmp_path: Path, settings: dict[str, Any], many: int, warns: bool
+) -> None:
+    for found in run_ranks(warnings_of, 2, tmp_path, settings, many):
+        assert any("a rank receives 1 packets by wire" in message for message in found) == warns

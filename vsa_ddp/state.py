@@ -30,6 +30,9 @@ from vsa_ddp.wires import WIRES, Courier, Link, Message, Subject, num_groups_mad
 
 logger = logging.getLogger(__name__)
 
+MANY_PEERS = 8
+"""More gather more than it is worth where the link is slow."""
+
 
 class VsaState:
     """State of `vsa_hook` for one DDP model.
@@ -241,6 +244,12 @@ class VsaState:
             logger.warning("all %d ranks are one node: gradients lose precision and no byte is saved", len(ranks))
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
+        if self.config.wire == "all_gather" and num_peers > MANY_PEERS:
+            logger.warning(
+                'a rank receives %d packets by wire="all_gather", but less than two by "two_shot", with more noise; '
+                '"auto" weighs them for this link',
+                num_peers - 1,
+            )
         courier = Courier(group, device, WIRES.get(self._chosen or self.config.wire), nodes)
         if self.config.check_interval:
             # not counted, as the settings are not: a resumed run has the bytes of one without a break
