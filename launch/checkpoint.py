@@ -1,4 +1,5 @@
-"""What a training run needs to go on after a restart: one file, in a folder that every host sees."""
+"""What a training run needs to go on after a restart: a file for all ranks, and where they differ one of each rank's
+own, in a folder that every host sees."""
 
 import os
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where and how often a run is saved. Rank 0 writes, every rank reads."""
+    """Where and how often a run is saved. Rank 0 writes what all ranks share, and every rank reads it."""
 
     folder: Path
     every: int
@@ -40,15 +41,24 @@ class Checkpoint:
             differ = [name for name in config if saved["config"].get(name) != config[name]]
             raise ValueError(f"{self.file} is a run with another {', '.join(differ)}; give another folder.")
 
-    def save(self, step: int, config: dict[str, Any], parts: dict[str, Stateful]) -> None:
-        """Replace the file. Whoever reads it, or is killed meanwhile, has the old one or the new one."""
-        states = {name: part.state_dict() for name, part in parts.items()}
-        partial = self.file.with_suffix(".partial")
-        torch.save({"step": step, "config": config, "parts": states}, partial)
-        os.replace(partial, self.file)
+    def save(self, step: int, config: dict[str, Any], parts: dict[str, Stateful], own: dict[str, Stateful]) -> None:
+        """Replace the files. Whoever reads them, or is killed meanwhile, has the old ones or the new ones.
 
-    def load(self, parts: dict[str, Stateful]) -> int:
-        """Load the parts, on every rank alike. Returns the number of steps done, 0 without a file.
+        On every rank: rank 0 saves the parts that all share, and each rank its own, if there are such.
+        """
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if own:
+            _write(self._own_file(step, rank), _states(own))
+            dist.barrier()
+        if rank == 0:
+            saved = {"step": step, "config": config, "parts": _states(parts), "num_own": num_ranks if own else 0}
+            _write(self.file, saved)
+            for file in set(self.folder.glob("step*_rank*.pt")) - set(self.folder.glob(f"step{step}_rank*.pt")):
+                file.unlink()
+
+    def load(self, parts: dict[str, Stateful], own: dict[str, Stateful]) -> int:
+        """Load the parts, on every rank alike, and this rank's own, or where there were fewer ranks, those of one of
+        them. Returns the number of steps done, 0 without a file.
 
         Raises: RuntimeError on every rank if they found different files.
         """
@@ -62,12 +72,30 @@ class Checkpoint:
                 "every host sees."
             )
         if saved is not None:
-            for name, part in parts.items():
-                part.load_state_dict(saved["parts"][name])
+            states = saved["parts"]
+            if own:
+                states |= _load(self._own_file(step, dist.get_rank() % saved["num_own"]))
+            for name, part in {**parts, **own}.items():
+                part.load_state_dict(states[name])
         return step
 
+    def _own_file(self, step: int, rank: int) -> Path:
+        return self.folder / f"step{step}_rank{rank}.pt"
+
     def _read(self) -> dict[str, Any] | None:
-        if not self.file.exists():
-            return None
-        saved: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
-        return saved
+        return _load(self.file) if self.file.exists() else None
+
+
+def _states(parts: dict[str, Stateful]) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def _write(file: Path, saved: dict[str, Any]) -> None:
+    partial = file.with_suffix(".partial")
+    torch.save(saved, partial)
+    os.replace(partial, file)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return saved

@@ -94,8 +94,8 @@ def check_settings(**given: Any) -> None:
 def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Raises: typer.BadParameter if the run cannot be saved, or the folder has another run."""
     hint = "'--checkpoint'"
-    if own := {"powersgd": "PowerSGD's residuals", "vsa-local": "the optimizers of local steps"}.get(config.method):
-        raise typer.BadParameter(f"{own} differ from rank to rank, and one rank alone saves here.", param_hint=hint)
+    if config.method == "powersgd":
+        raise typer.BadParameter("saves no residuals of PowerSGD, without which it loses more.", param_hint=hint)
     try:
         checkpoint.check(asdict(config))
     except (OSError, ValueError) as error:
@@ -222,17 +222,18 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
     optimizer = make_optimizer(model, config.optimizer, learning_rate(config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.steps))
     history = History(config.steps)
-    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "history": history}
+    parts: dict[str, Stateful] = {"scheduler": scheduler, "history": history}
+    own: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
     trained, phases, averager = model, None, None
     if config.method == "vsa-local":
-        averager = clock = TimedAverager(model, optimizer, period=config.period, **settings(config))
+        own["averager"] = averager = clock = TimedAverager(model, optimizer, period=config.period, **settings(config))
     else:
         trained = clock = wrap(model, device, config)
-        parts |= compress(clock, optimizer, config)
+        parts, own = {**parts, **own, **compress(clock, optimizer, config)}, {}
         if config.phases:
             parts["phases"] = phases = vsa_ddp.PhasedTrainer(clock, optimizer)
 
-    start_step = checkpoint.load(parts) if checkpoint is not None else 0
+    start_step = checkpoint.load(parts, own) if checkpoint is not None else 0
     order = torch.Generator().manual_seed(config.seed * 1000 + rank)
     for _ in range(
         phases.schedule.total_step if phases is not None else start_step
@@ -267,8 +268,7 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> dict[str
         bar.update()
         if checkpoint is not None and step % checkpoint.every == 0:
             history.average_losses(device)
-            if rank == 0:
-                checkpoint.save(step, asdict(config), parts)
+            checkpoint.save(step, asdict(config), parts, own)
     bar.close()
 
     history.average_losses(device)

@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import netlab
 from benchmarks.netlab import Job, NetLab, NetLabError
-from launch import network
+from launch import network, train
 from launch.checkpoint import Checkpoint
 from launch.train import History, TrainConfig, check_checkpoint, main
 from tests.ranks import run_ranks
@@ -200,21 +200,19 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder=tmp_path / "new" / "folder", every=1)
     config = TrainConfig(steps=5)
     check_checkpoint(checkpoint, config)
-    checkpoint.save(2, asdict(config), {})
+    checkpoint.save(2, asdict(config), {}, {})
     check_checkpoint(checkpoint, config)
     with pytest.raises(typer.BadParameter, match="is a run with another compression, seed; give another folder"):
         check_checkpoint(checkpoint, TrainConfig(steps=5, compression=20, seed=3))
-    with pytest.raises(typer.BadParameter, match="residuals differ from rank to rank"):
+    with pytest.raises(typer.BadParameter, match="saves no residuals"):
         check_checkpoint(checkpoint, TrainConfig(method="powersgd"))
-    with pytest.raises(typer.BadParameter, match="the optimizers of local steps differ from rank to rank"):
-        check_checkpoint(checkpoint, TrainConfig(method="vsa-local"))
     with pytest.raises(typer.BadParameter, match="/dev/null"):
         check_checkpoint(Checkpoint(folder=Path("/dev/null/x"), every=1), config)
 
 
 def _load_and_average(rank: int, world_size: int, folder: Path) -> tuple[str, bool, bool]:
     try:
-        Checkpoint(folder=folder / str(rank == 1), every=1).load({})
+        Checkpoint(folder=folder / str(rank == 1), every=1).load({}, {})
         refusal = ""
     except RuntimeError as error:
         refusal = str(error)
@@ -234,11 +232,48 @@ def _load_and_average(rank: int, world_size: int, folder: Path) -> tuple[str, bo
 
 def test_ranks_that_found_different_checkpoints_stop_and_averages_stay(tmp_path: Path) -> None:
     (tmp_path / "True").mkdir()
-    Checkpoint(folder=tmp_path / "True", every=1).save(7, {}, {})
+    Checkpoint(folder=tmp_path / "True", every=1).save(7, {}, {}, {})
     for refusal, same_on_all_ranks, same_whenever in run_ranks(_load_and_average, 3, tmp_path, tmp_path):
         assert "of steps [0, 7, 0]; it must be one folder that every host sees" in refusal
         assert same_on_all_ranks
         assert same_whenever
+
+
+def _train_on(rank: int, world_size: int, folder: Path | None) -> Any:
+    config = TrainConfig(method="vsa-local", period=3, steps=10, width=32, num_layers=2, batch=2)
+    return train.train(config, Checkpoint(folder=folder, every=4) if folder else None)
+
+
+def _train_with_a_break(rank: int, world_size: int, folder: Path) -> tuple[Any, Any]:
+    """Figures of a run of local steps, and of one that ended after two checkpoints and went on."""
+    whole = _train_on(rank, world_size, None)
+    take_step, calls = train.take_step, 0
+
+    def fails_in_the_tenth_step(*arguments: Any) -> tuple[float, bool]:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise ArithmeticError
+        return take_step(*arguments)
+
+    train.take_step = fails_in_the_tenth_step
+    with pytest.raises(ArithmeticError):
+        _train_on(rank, world_size, folder)
+    train.take_step = take_step
+    return whole, _train_on(rank, world_size, folder)
+
+
+def test_local_steps_go_on_with_every_ranks_own_state_and_with_more_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    whole, resumed = run_ranks(_train_with_a_break, 2, tmp_path, folder, backend="metered")[0]
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["heldout_loss"] == whole["heldout_loss"]
+    assert {file.name for file in folder.iterdir()} == {"checkpoint.pt", "step8_rank0.pt", "step8_rank1.pt"}
+
+    figures = run_ranks(_train_on, 3, tmp_path, folder, backend="metered")[0]
+    assert figures["losses"][:8] == whole["losses"][:8]
+    assert all(math.isfinite(loss) for loss in figures["losses"])
 
 
 RECEIVE = """
