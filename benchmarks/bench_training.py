@@ -491,33 +491,34 @@ def plot(results: Results, beside: Path) -> None:
         if "dense" not in found:
             continue
         figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
-        _plot_bytes(by_bytes, found)
+        _plot_bytes(by_bytes, found, envelope(suite, results))
         _plot_steps(by_steps, {m: runs for m, runs in found.items() if len(runs) >= len(SEEDS)})
         figure.suptitle(f"{name}: {suite.task}, {suite.steps} steps, {suite.world_size} ranks")
         figure.savefig(beside.with_name(f"{beside.stem}_{name}.png"), dpi=90)
         plt.close(figure)
 
 
-def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
-    """A line for each kind of method, a point for each method: mean, least and most of its seeds."""
-    families: dict[str, list[tuple[float, list[float]]]] = {}
+def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]], best: set[str]) -> None:
+    """A point for each method: mean, least and most of its seeds, ours in colour; and a line through the best."""
+    edge: list[tuple[float, float]] = []
     for method, runs in found.items():
         losses = [score(r) for r in runs]
-        if at := compression(runs, "received"):
-            name, _, code = parse(method)
-            family = f"{name}, {code}" if code else name
-            families.setdefault(family, []).append((at, losses))
-        else:
-            panel.axhline(statistics.mean(losses), color="grey", linestyle=":", label=label(method))
-    for family, points in families.items():
-        points.sort()
-        mean = [statistics.mean(losses) for _, losses in points]
-        spread = [[m - min(each) for m, (_, each) in zip(mean, points, strict=True)]]
-        spread += [[max(each) - m for m, (_, each) in zip(mean, points, strict=True)]]
-        thick = 2.5 if family.startswith(OURS) else 1
-        panel.errorbar([at for at, _ in points], mean, spread, marker="o", label=family, linewidth=thick)
+        mean = statistics.mean(losses)
+        at = compression(runs, "received")
+        if at is None:
+            panel.axhline(mean, color="grey", linestyle=":")
+            panel.annotate(label(method), (1, mean), xytext=(0, 2), textcoords="offset points", fontsize=7)
+            continue
+        ours = parse(method)[0] in OURS
+        colour = "tab:blue" if ours else "dimgray"
+        spread = [[mean - min(losses)], [max(losses) - mean]]
+        panel.errorbar([at], [mean], spread, marker="o", color=colour, markersize=6 if ours else 4)
+        panel.annotate(method, (at, mean), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+        if method in best:
+            edge.append((at, mean))
+    panel.plot(*zip(*sorted(edge), strict=True), color="tab:blue", linewidth=1, alpha=0.5)
     panel.set(xscale="log", xlabel="times fewer bytes received than by plain DDP", ylabel="held-out loss")
-    panel.legend(fontsize=7)
+    panel.margins(x=0.2)
 
 
 def _plot_steps(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
@@ -533,7 +534,7 @@ def _plot_steps(panel: plt.Axes, found: dict[str, list[Record]]) -> None:
         panel.fill_between(steps, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.2, linewidth=0)
     panel.set(xscale="log", xlabel="step", ylabel="training loss")
     if found:
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main(
