@@ -55,7 +55,7 @@ METHODS = (
     "ef-sign",
     "top-1%",
     *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
-    *(f"diloco {period}" for period in (20, 80)),
+    "diloco 20",
     *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 4, 8, 32) for sparsity in (8, 64)),
     *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
     "alone",
@@ -112,11 +112,10 @@ _FEWER = (
     "powersgd 4",
     "drive",
     "local 80",
-    "diloco 80",
     "alone",
 )
-_FOR_SGD = tuple(method for method in METHODS if method != "onebit-adam")
-_MANY_RANKS = (*_FEWER, "two-shot 64", "vsa-local 1, two-shot 128", "vsa-local 1, two-shot 256")
+_FOR_SGD = tuple(method for method in METHODS if not method.startswith(("demo", "onebit-adam")))
+_MANY_RANKS = (*_FEWER, "diloco 20", "two-shot 64", "vsa-local 1, two-shot 128", "vsa-local 1, two-shot 256")
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
@@ -409,6 +408,10 @@ def summary(results: Results) -> str:
     lines = [f"| | {' | '.join(suites)} |", "|---|" + "---|" * len(suites)]
     for method in sorted(found, key=saving):
         cells = [_cell(method, runs, found["dense"][name]) for name, runs in found[method].items()]
+        cells = [
+            f"{cell} *" if cell and any(waiting(SUITES[name], method, results["runs"])) else cell
+            for name, cell in zip(suites, cells, strict=True)
+        ]
         lines.append(f"| {label(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

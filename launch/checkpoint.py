@@ -53,8 +53,11 @@ class Checkpoint:
         if rank == 0:
             saved = {"step": step, "config": config, "parts": _states(parts), "num_own": num_ranks if own else 0}
             _write(self.file, saved)
-            for file in set(self.folder.glob("step*_rank*.pt")) - set(self.folder.glob(f"step{step}_rank*.pt")):
-                file.unlink()
+        if own:
+            dist.barrier()
+            for file in self.folder.glob(f"checkpoint_step*_rank{rank}.*"):
+                if file != self._own_file(step, rank):
+                    file.unlink()
 
     def load(self, parts: dict[str, Stateful], own: dict[str, Stateful]) -> int:
         """Load the parts, on every rank alike, and this rank's own, or where there were fewer ranks, those of one of
@@ -80,7 +83,7 @@ class Checkpoint:
         return step
 
     def _own_file(self, step: int, rank: int) -> Path:
-        return self.folder / f"step{step}_rank{rank}.pt"
+        return self.folder / f"checkpoint_step{step}_rank{rank}.pt"
 
     def _read(self) -> dict[str, Any] | None:
         return _load(self.file) if self.file.exists() else None

@@ -12,7 +12,8 @@
 #   PYTHON          your own environment; default: .venv of this repository (make it first if the folder is shared)
 #   OMP_NUM_THREADS, GLOO_SOCKET_IFNAME: chosen here unless they are set
 #
-# Arguments go to launch/train.py. Rank 0, on whichever machine, writes --json and --checkpoint.
+# Arguments go to launch/train.py. Rank 0, on whichever machine, writes --json and --checkpoint (and with --method vsa-local
+# each rank its own part).
 set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 

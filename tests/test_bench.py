@@ -51,6 +51,8 @@ def test_the_readme_has_what_was_measured(bench: Any) -> None:
 def test_no_other_method_is_on_the_lower_envelope_of_loss_against_bytes(suite: str) -> None:
     best = bench_training.envelope(bench_training.SUITES[suite], stored(bench_training))
     floors = {"dense", "alone"}  # what sends everything, and what sends nothing
+    compared = {r["method"] for r in bench_training.SUITES[suite].among(stored(bench_training)["runs"])}
+    assert compared >= {*floors, "powersgd 4"}
     assert best - floors
     assert all(method.startswith(bench_training.OURS) for method in best - floors)
 
@@ -120,7 +122,7 @@ def test_a_quick_run_counts_what_the_interface_counts(tmp_path: Path) -> None:
     assert {r["method"] for r in ours} == {*WIRES, "averager 1"}
     for r in ours:
         for way in ("sent", "received"):
-            assert r[f"interface_{way}"] == pytest.approx(r[f"counted_{way}"], rel=0.05), r
+            assert r[f"interface_{way}"] == pytest.approx(r[f"counted_{way}"], rel=0.05, abs=4000), r
     dense = find(records, method="dense", mbit=None)[0]
     # two hosts: each sends the whole gradient, half in each phase of the ring
     assert dense["interface_sent"] == pytest.approx(4 * dense["num_parameters"], rel=0.05)

@@ -269,7 +269,10 @@ def test_local_steps_go_on_with_every_ranks_own_state_and_with_more_ranks(tmp_pa
     whole, resumed = run_ranks(_train_with_a_break, 2, tmp_path, folder, backend="metered")[0]
     assert resumed["losses"] == whole["losses"]
     assert resumed["heldout_loss"] == whole["heldout_loss"]
-    assert {file.name for file in folder.iterdir()} == {"checkpoint.pt", "step8_rank0.pt", "step8_rank1.pt"}
+    assert {file.name for file in folder.iterdir()} == {
+        "checkpoint.pt",
+        *(f"checkpoint_step8_rank{r}.pt" for r in (0, 1)),
+    }
 
     figures = run_ranks(_train_on, 3, tmp_path, folder, backend="metered")[0]
     assert figures["losses"][:8] == whole["losses"][:8]

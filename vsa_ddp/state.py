@@ -244,7 +244,7 @@ class VsaState:
             logger.warning("all %d ranks are one node: gradients lose precision and no byte is saved", len(ranks))
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
-        if self.config.wire == "all_gather" and num_peers > MANY_PEERS:
+        if self.config.wire == "all_gather" and num_peers > MANY_PEERS and dist.get_rank(group) == 0:
             logger.warning(
                 'a rank receives %d packets by wire="all_gather", but less than two by "two_shot", with more noise; '
                 '"auto" weighs them for this link',
