@@ -52,7 +52,7 @@ def test_no_other_method_is_on_the_lower_envelope_of_loss_against_bytes(suite: s
     best = bench_training.envelope(bench_training.SUITES[suite], stored(bench_training))
     floors = {"dense", "alone"}  # what sends everything, and what sends nothing
     compared = {r["method"] for r in bench_training.SUITES[suite].among(stored(bench_training)["runs"])}
-    assert compared >= {*floors, "powersgd 4"}
+    assert compared >= {"dense", "powersgd 4"}
     assert best - floors
     assert all(method.startswith(bench_training.OURS) for method in best - floors)
 
