@@ -45,7 +45,7 @@ METHODS = (
     "dense",
     "bf16",
     *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
-    *(f"sparsity {sparsity}" for sparsity in (4, 8, 16, 32, 64, 128)),
+    *(f"sparsity {sparsity}" for sparsity in (2, 4, 8, 16, 32, 64, 128)),
     "two-shot 64",
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     *(f"demo {count}" for count in (8, 32, 128)),
