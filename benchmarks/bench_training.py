@@ -408,10 +408,9 @@ def summary(results: Results) -> str:
 
     lines = [f"| | {' | '.join(suites)} |", "|---|" + "---|" * len(suites)]
     for method in sorted(found, key=saving):
-        cells = [_cell(method, runs, found["dense"][name]) for name, runs in found[method].items()]
         cells = [
-            f"{cell} *" if cell and any(waiting(SUITES[name], method, results["runs"])) else cell
-            for name, cell in zip(suites, cells, strict=True)
+            _cell(method, runs, found["dense"][name]) + _asterisk(SUITES[name], method, results) if runs else ""
+            for name, runs in found[method].items()
         ]
         lines.append(f"| {label(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -430,10 +429,13 @@ def _complete(suite: Suite, method: str, results: Results) -> list[Record]:
     return runs if len(runs) >= len(SEEDS) and trains(runs) else []
 
 
+def _asterisk(suite: Suite, method: str, results: Results) -> str:
+    """Of a method whose search is not at its end."""
+    return " *" if any(waiting(suite, method, results["runs"])) else ""
+
+
 def _cell(method: str, runs: list[Record], dense: list[Record]) -> str:
     """Loss against plain DDP's, and times fewer bytes handed over and received; plain DDP's own loss and its range."""
-    if not runs:
-        return ""
     losses = [score(r) for r in runs]
     mean, reference = statistics.mean(losses), statistics.mean(map(score, dense))
     if method == "dense":
@@ -465,8 +467,7 @@ def report(results: Results) -> str:
                 continue
             mean = statistics.mean(map(score, runs))
             each = ", ".join(f"{score(r):.3f}" for r in sorted(runs, key=lambda r: r["seed"]))
-            shown = f"**{method}**" if method in best else method
-            shown += " *" if any(waiting(suite, method, results["runs"])) else ""
+            shown = (f"**{method}**" if method in best else method) + _asterisk(suite, method, results)
             lines.append(
                 f"| {shown} | {_times(runs, 'sent')} | {_times(runs, 'received')} | {runs[0]['lr']:.4g} | "
                 f"{runs[0]['momentum']:g} | {mean:.3f} ({each}) | {against(mean, dense)} |"
