@@ -46,7 +46,7 @@ METHODS = (
     "bf16",
     *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
     *(f"sparsity {sparsity}" for sparsity in (2, 4, 8, 16, 32, 64, 128)),
-    "two-shot 64",
+    *(f"two-shot {compression}" for compression in (16, 64)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     *(f"demo {count}" for count in (8, 32, 128)),
     "onebit-adam",
@@ -57,7 +57,8 @@ METHODS = (
     *(f"local {period}" for period in (1, 20, 80, 320, 1280)),
     "diloco 20",
     *(f"vsa-local {period}, n={sparsity}" for period in (1, 2, 4, 8, 32) for sparsity in (8, 64)),
-    *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
+    *(f"vsa-local 1, two-shot {compression}" for compression in (64, 128, 256)),
+    *(f"vsa-local {period}, two-shot 256" for period in (2, 8)),
     "alone",
 )
 """With their bundle, sparsity, compression, rank, coefficients or steps between averages, which "vsa-local" compresses
