@@ -116,7 +116,13 @@ _FEWER = (
     "alone",
 )
 _FOR_SGD = tuple(method for method in METHODS if not method.startswith(("demo", "onebit-adam")))
-_MANY_RANKS = (*_FEWER, "diloco 20", "two-shot 64", "vsa-local 1, two-shot 128", "vsa-local 1, two-shot 256")
+_MANY_RANKS = (
+    *(method for method in _FEWER if method not in ("bundle 4", "sparsity 16")),
+    "two-shot 64",
+    "diloco 20",
+    *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
+    "vsa-local 8, two-shot 256",
+)
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
@@ -129,6 +135,12 @@ SUITES = {
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=100, base_lr=4e-3 / 2**1.5, methods=_FEWER),
     "adamw-char-16": Suite(
         task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_MANY_RANKS
+    ),
+    "adamw-digits-16": Suite(
+        task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3, world_size=16, methods=_MANY_RANKS
+    ),
+    "sgd-digits-16": Suite(
+        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, world_size=16, methods=_MANY_RANKS
     ),
 }
 README_SUITES = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
