@@ -15,7 +15,7 @@ import vsa_ddp
 from benchmarks.lockstep import LockstepAverager, LockstepHook, shapes_of
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaModelAverager, changes
+from vsa_ddp import VsaConfig, VsaModelAverager, averager, changes
 
 PERIOD = 3
 
@@ -243,6 +243,30 @@ def test_averages_go_as_far_as_one_adam_also_from_second_moments_in_common(tmp_p
     for found in run_ranks(after_steps_in_common, 2, tmp_path, way):
         assert max(found) < 1.2
         assert sum(found[-10:]) / 10 == pytest.approx(1, abs=0.1)  # 0.71 if nothing was lengthened
+
+
+def chosen_wire(rank: int, world_size: int, many: int, settings: dict[str, Any]) -> tuple[str, str]:
+    averager.MANY_PEERS = many
+    model = net()
+    optimizer, average = make(model, period=1, **settings)
+    train(model, optimizer, average, rank, range(2))
+    return repr(average._state.courier.wire), digest(model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("many", "settings", "wire"),
+    [(2, {}, "AllGather"), (1, {"wire": "all_gather"}, "AllGather"), (1, {"ranks_per_node": 2}, "AllGather")],
+)
+def test_few_peers_gather_unless_told_otherwise(tmp_path: Path, many: int, settings: dict[str, Any], wire: str) -> None:
+    for found, _ in run_ranks(chosen_wire, 2, tmp_path, many, settings):
+        assert wire in found
+
+
+@pytest.mark.parametrize("asked", [{}, {"compression": 80}, {"sparsity": 8}])
+def test_many_peers_take_the_wire_whose_bytes_do_not_grow(tmp_path: Path, asked: dict[str, Any]) -> None:
+    chosen = run_ranks(chosen_wire, 2, tmp_path, 1, asked)
+    assert "TwoShot" in chosen[0][0]
+    assert chosen == run_ranks(chosen_wire, 2, tmp_path, 2, {**asked, "wire": "two_shot"})
 
 
 def out_of_step(rank: int, world_size: int) -> list[str]:

@@ -24,7 +24,7 @@ from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
 from vsa_ddp.register import FAMILY_SETTINGS, Family, layers, optimizer_family
-from vsa_ddp.state import VsaState
+from vsa_ddp.state import MANY_PEERS, VsaState, find_peers
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 
@@ -69,8 +69,9 @@ class VsaModelAverager(ModelAverager):
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
             `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
-            optimizer, since nothing makes up for steps that "shrunk" makes too short. Where settings speak of
-            steps, these are averages: after every `check_interval` of them the ranks are compared.
+            optimizer, since nothing makes up for steps that "shrunk" makes too short; `wire` is "two_shot" where more
+            than 8 ranks, or nodes, exchange messages. Where settings speak of steps, these are averages: after every
+            `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
@@ -106,6 +107,8 @@ class VsaModelAverager(ModelAverager):
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
+        if "wire" not in settings and find_peers(self.process_group, config)[1] > MANY_PEERS:
+            config = config.for_wire("two_shot")
         if rescale and config.gain == "shrunk":
             raise ValueError('rescale=True needs gain="unbiased", got "shrunk", which would seem to be noise.')
         known = optimizer is not None and family == "adam"

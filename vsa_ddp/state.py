@@ -34,6 +34,16 @@ MANY_PEERS = 8
 """More gather more than it is worth where the link is slow."""
 
 
+def find_peers(
+    group: dist.ProcessGroup, config: VsaConfig, mesh: list[list[int]] | None = None
+) -> tuple[list[list[int]] | None, int]:
+    """The group's ranks by node, None if each is one, and how many nodes exchange messages. Raises: ValueError if the
+    ranks do not divide evenly."""
+    ranks = dist.get_process_group_ranks(group)
+    nodes = group_by_node(ranks, config.ranks_per_node, os.environ.get("LOCAL_WORLD_SIZE"), mesh)
+    return nodes, len(nodes) if nodes else len(ranks)
+
+
 class VsaState:
     """State of `vsa_hook` for one DDP model.
 
@@ -237,11 +247,9 @@ class VsaState:
         device = buffer.device
         check_agreement(self._mine(group, device), group)
         self._kernels = load_kernels(self.config.backend, device)
-        ranks, local = dist.get_process_group_ranks(group), os.environ.get("LOCAL_WORLD_SIZE")
-        nodes = group_by_node(ranks, self.config.ranks_per_node, local, self._mesh)
-        num_peers = len(nodes) if nodes else len(ranks)
+        nodes, num_peers = find_peers(group, self.config, self._mesh)
         if nodes and num_peers == 1:
-            logger.warning("all %d ranks are one node: gradients lose precision and no byte is saved", len(ranks))
+            logger.warning("all %d ranks are one node: gradients lose precision and no byte is saved", group.size())
         if self.config.wire == "auto" and self._chosen is None:
             self._chosen = self._choose_wire(group, buffer, num_peers)
         if self.config.wire == "all_gather" and num_peers > MANY_PEERS and dist.get_rank(group) == 0:
@@ -256,7 +264,7 @@ class VsaState:
             self._replicas.begin(self._names.parameters(), buffer, courier.link(ByteCounter()), self.step)
             self._replicas.finish(courier.inspection)
         where = f" in {num_peers} nodes" if nodes else ""
-        logger.info("%d ranks%s, by %r, backend %s", len(ranks), where, courier.wire, self._kernels.name)
+        logger.info("%d ranks%s, by %r, backend %s", group.size(), where, courier.wire, self._kernels.name)
         return courier
 
     def _choose_wire(self, group: dist.ProcessGroup, buffer: Tensor, num_peers: int) -> WireName:
