@@ -66,7 +66,8 @@ class TrainConfig:
     """Instead of the compression: the same code for every wire."""
     period: int = 1
     """Steps between two averages, for "vsa-local"."""
-    wire: WireName = "all_gather"
+    wire: WireName | None = None
+    """None: that of `vsa_ddp.register` or of `vsa_ddp.VsaModelAverager`."""
     ranks_per_node: RanksPerNode = 1
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
@@ -84,10 +85,11 @@ class TrainConfig:
 
 def check_settings(**given: Any) -> None:
     """Raises: typer.BadParameter if `VsaConfig` refuses them."""
+    given = {name: value for name, value in given.items() if value is not None}
     try:
         vsa_ddp.VsaConfig.from_settings(given)
     except ValueError as error:
-        options = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        options = [f"--{name.replace('_', '-')}" for name in given]
         raise typer.BadParameter(str(error), param_hint=f"'{', '.join(options)}'") from None
 
 
@@ -113,8 +115,9 @@ def take_gpu(local_rank: int) -> None:
 
 
 def code(config: TrainConfig) -> dict[str, Any]:
-    """Settings that decide what is sent, and how much noise there is."""
-    return {name: getattr(config, name) for name in ("compression", "bundle", "wire")}
+    """Settings that decide what is sent, and how much noise there is; without those that were left out."""
+    given = {name: getattr(config, name) for name in ("compression", "bundle", "wire")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -335,7 +338,13 @@ def main(
     ] = None,
     bundle: Annotated[int | None, typer.Option(help="Ours, instead of compression: slots per hypervector.")] = None,
     period: Annotated[int, typer.Option(min=1, help="vsa-local: steps between two averages.")] = 1,
-    wire: Annotated[WireName, typer.Option(help="Ours: how messages travel.")] = "all_gather",
+    wire: Annotated[
+        WireName | None,
+        typer.Option(
+            help="Ours: how messages travel; by itself all_gather, vsa-local beyond 8 ranks two_shot.",
+            show_default=False,
+        ),
+    ] = None,
     ranks_per_node: Annotated[
         str,
         typer.Option(help='Ours: ranks that average in full precision before the wire; "local": those of a machine.'),
