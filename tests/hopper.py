@@ -35,6 +35,7 @@ def main() -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         assert "fma" not in kernel.asm["ptx"], f"{self.fn.__name__} has fused products, which round otherwise"
+        assert ".ftz" not in kernel.asm["ptx"], f"{self.fn.__name__} takes the smallest floats for zero"
         names.add(self.fn.__name__)
 
     driver.set_active(Hopper())

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from vsa_ddp.config import VsaConfig
-from vsa_ddp.kernels import Gradient, Kernels, Packed, Received, Summed, TorchKernels, load_kernels
+from vsa_ddp.kernels import Gradient, Kernels, Packed, Received, Summed, TorchKernels, load_kernels, missing
 from vsa_ddp.kernels.torch_kernels import TorchBucket
 from vsa_ddp.layout import plan_bucket
 from vsa_ddp.ternary import level
@@ -172,6 +173,23 @@ def test_auto_takes_what_is_there_and_a_missing_backend_is_an_error() -> None:
         load_kernels("triton", CPU)
     with pytest.raises(ValueError, match='backend="numba" is for cpu and gradients are on cuda'):
         load_kernels("numba", torch.device("cuda"))
+
+
+def test_without_a_compiler_triton_names_the_remedy_and_auto_warns_and_is_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing("triton", cuda) == (
+        'backend="triton" needs a C compiler: install gcc, or set CC to one, or use backend="torch".'
+    )
+    assert load_kernels("auto", cuda).name == "torch"
+    assert "needs a C compiler" in caplog.text
+    monkeypatch.setenv("CC", "cc")
+    assert missing("triton", cuda) is None
 
 
 def test_without_numba_auto_is_torch_and_asking_for_it_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

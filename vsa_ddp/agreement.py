@@ -11,6 +11,7 @@ from torch import Tensor
 
 _DIGEST_BITS = 20
 """Squares of digests, summed over up to 8192 ranks, are exact in float64."""
+_AT_ONCE = 2**22
 
 
 def check_agreement(
@@ -61,8 +62,14 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     Shapes: (T,) int64.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    sums = [_sum(t.detach().view(integers[t.element_size()])) for t in tensors]
     return torch.stack([s.to(sums[0].device) for s in sums]) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def _sum(integers: Tensor) -> Tensor:
+    """In parts, since torch copies what it sums into the sum's dtype."""
+    parts = [part.sum(dtype=torch.int64) for part in torch.split(integers.flatten(), _AT_ONCE)]
+    return torch.stack(parts).sum()
 
 
 def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -106,6 +106,11 @@ class VsaState:
                 'torch._dynamo.config.optimize_ddp = "ddp_optimizer".'
             )
         buffer, parameters = bucket.buffer(), bucket.parameters()
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "vsa_hook cannot be captured in a CUDA graph, whose replays would all have one step's keys; leave "
+                "backward out of the graph."
+            )
         group = self.process_group if self.process_group is not None else dist.group.WORLD
         assert group is not None  # DDP cannot exist without one
         if self._courier is None or self._courier.group is not group:

@@ -5,7 +5,9 @@ The only place that imports numba and triton, and only when one of them is asked
 
 import importlib
 import importlib.util
+import logging
 import os
+import shutil
 
 import torch
 
@@ -37,6 +39,8 @@ __all__ = [
     "missing",
 ]
 
+logger = logging.getLogger(__name__)
+
 _DEVICE = {"numba": "cpu", "triton": "cuda"}
 _REMEDY = {"numba": 'pip install "vsa-ddp[numba]"', "triton": "pip install triton"}
 
@@ -47,18 +51,24 @@ def missing(backend: str, device: torch.device) -> str | None:
     interpreted = backend == "triton" and _triton_interprets()
     if device.type != wanted and not interpreted:
         return f'backend="{backend}" is for {wanted} and gradients are on {device.type}; use backend="auto".'
-    if backend in _DEVICE and importlib.util.find_spec(backend) is None:
+    if backend in _DEVICE and not _is_installed(backend):
         return f'backend="{backend}" needs {backend}, which is not installed: {_REMEDY[backend]}, or backend="auto".'
+    if backend == "triton" and not interpreted and not _has_compiler():
+        return 'backend="triton" needs a C compiler: install gcc, or set CC to one, or use backend="torch".'
     return None
 
 
 def load_kernels(backend: str, device: torch.device) -> Kernels:
-    """The backend; "auto" takes the fastest that is there: triton on CUDA, numba on a CPU, else torch.
+    """The backend; "auto" takes the fastest that is there, triton on CUDA, numba on a CPU, else torch.
 
     Raises: ValueError if it is not there.
     """
     if backend == "auto":
-        backend = next((b for b in _DEVICE if _DEVICE[b] == device.type and not missing(b, device)), "torch")
+        backend = next((b for b in _DEVICE if _DEVICE[b] == device.type), "torch")
+        if reason := missing(backend, device):
+            if _is_installed(backend):
+                logger.warning("%s Until then the slower torch calculates.", reason)
+            backend = "torch"
     if reason := missing(backend, device):
         raise ValueError(reason)
     if backend == "torch":
@@ -66,6 +76,15 @@ def load_kernels(backend: str, device: torch.device) -> Kernels:
     module = importlib.import_module(f"vsa_ddp.kernels.{backend}_kernels")
     kernels: Kernels = getattr(module, f"{backend.capitalize()}Kernels")()
     return kernels
+
+
+def _is_installed(backend: str) -> bool:
+    return importlib.util.find_spec(backend) is not None
+
+
+def _has_compiler() -> bool:
+    """Whether triton finds what it builds its launchers with; images without compilers are usual on GPU machines."""
+    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 
 
 def _triton_interprets() -> bool:

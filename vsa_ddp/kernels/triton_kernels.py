@@ -239,7 +239,8 @@ class TritonKernels:
         like = received.levels_T if isinstance(received, Summed) else received.levels
         y_TK = _floats(like, *received.shape)
         arguments, sizes = _arrived(received)
-        _launch(_mean, y_TK, len(y_TK), y_TK, *arguments, **sizes, K=received.shape[1])
+        sizes |= {name: size for name, size in _by_rows(received.shape[1]).items() if name != "STAGES"}
+        _launch(_mean, y_TK, len(y_TK), y_TK, *arguments, **sizes)
         return y_TK
 
 

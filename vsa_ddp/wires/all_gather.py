@@ -37,15 +37,16 @@ class AllGather:
         keep_for_current_stream(packets)
         theirs = unpack_packet(packets, like=mine)
         # In rank order on every rank: the order of a float sum is part of its bits
-        levels_sum = torch.zeros_like(levels)
         exact_E = torch.zeros_like(mine.exact_E, dtype=summed_dtype(mine.exact_E))
         scales_S = torch.zeros_like(mine.scales_S, dtype=torch.float32)
         for rank in range(w):
-            levels_sum += theirs.levels_T[rank]
             exact_E += theirs.exact_E[rank]
             scales_S += theirs.scales_S[rank]
         exact_E, scales_S = (exact_E / w).to(mine.exact_E.dtype), scales_S / w
         if self.shared_sigma:
+            levels_sum = torch.zeros_like(levels)
+            for rank in range(w):
+                levels_sum += theirs.levels_T[rank]
             levels_T, sigma_T = shared_level(levels_sum, w, shape[1])
             return Mean(Packed(theirs.packed_TP, levels_T, shape), exact_E, scales_S, sigma_T)
         return Mean(Packed(theirs.packed_TP, theirs.levels_T, shape, message.sparsity), exact_E, scales_S)

@@ -6,6 +6,7 @@ all ranks. On NCCL waiting stops no host thread but a stream: there they are iss
 order in which every rank's backward issues them.
 """
 
+import logging
 import queue
 import threading
 import weakref
@@ -19,9 +20,11 @@ from torch.futures import Future
 
 from vsa_ddp.stats import ByteCounter
 from vsa_ddp.wires.hierarchical import Hierarchical
-from vsa_ddp.wires.link import Link, make_groups
+from vsa_ddp.wires.link import Link, carries_by_gloo, make_groups
 from vsa_ddp.wires.message import Mean, Message, Rounds, Wire
 from vsa_ddp.wires.seal import NOTHING, Inspection, Subject
+
+logger = logging.getLogger(__name__)
 
 _Job = Callable[[], None]
 
@@ -40,7 +43,13 @@ class Courier:
         self.wire = Hierarchical(wire) if wire is not None and nodes is not None else wire
         self._groups = make_groups(group, self.wire.num_rounds if self.wire else 1, nodes)
         self._device = device
-        self._host_waits = device.type != "cuda" or dist.get_backend(group) == "gloo"
+        on_cuda = device.type == "cuda"
+        self._host_waits = not on_cuda or carries_by_gloo(group)
+        if on_cuda and self._host_waits and torch.__version__ < "2.11":  # compared as versions
+            logger.warning(
+                "before torch 2.11 gloo may hand on CUDA tensors that have not arrived, with a hook and without one "
+                "(pytorch issue 155714); use NCCL, or a newer torch"
+            )
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._error: Exception | None = None

@@ -237,6 +237,12 @@ def make_groups(whole: dist.ProcessGroup, num_rounds: int, nodes: list[list[int]
     return Groups(whole, node=_make(whole, by_node), node_later=_make(whole, by_node), between=_make(whole, peers))
 
 
+def carries_by_gloo(group: dist.ProcessGroup) -> bool:
+    """Whether tensors on GPUs go by gloo, alone or beside another backend for the CPU's."""
+    backend: str = dist.get_backend(group)
+    return backend == "gloo" or "cuda:gloo" in backend
+
+
 def num_groups_made() -> int:
     """How many process groups this rank has made: ranks that differ in it cannot make one for themselves alone."""
     return len(dist.distributed_c10d._world.pg_names)

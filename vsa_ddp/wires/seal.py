@@ -93,7 +93,7 @@ class Inspection:
         copied = torch.empty(good.shape, dtype=good.dtype, pin_memory=True)
         copied.copy_(good, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(good.device))  # gloo's threads are on another device
         self._late.append((event, copied, complaint))
 
     def raise_late(self) -> None:
