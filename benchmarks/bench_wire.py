@@ -64,7 +64,7 @@ IN_SUMMARY = [
     ("dense", 0, 0, USUAL_MIB),
     ("bf16", 0, 0, USUAL_MIB),
     ("powersgd", 0, 0, WHOLE_MIB),
-    ("all_gather", 1, 8, SMALL_MIB),
+    ("all_gather", 1, 8, USUAL_MIB),
     ("averager 1", 1, 64, USUAL_MIB),
     ("averager 8", 1, 64, USUAL_MIB),
 ]

@@ -341,7 +341,7 @@ def main(
     wire: Annotated[
         WireName | None,
         typer.Option(
-            help="Ours: how messages travel; by itself all_gather, vsa-local beyond 8 ranks two_shot.",
+            help="Ours: how messages travel; by itself all_gather, vsa-local beyond 4 ranks two_shot.",
             show_default=False,
         ),
     ] = None,

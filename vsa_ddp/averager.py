@@ -70,7 +70,7 @@ class VsaModelAverager(ModelAverager):
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
             `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
             optimizer, since nothing makes up for steps that "shrunk" makes too short; `wire` is "two_shot" where more
-            than 8 ranks, or nodes, exchange messages. Where settings speak of steps, these are averages: after every
+            than 4 ranks, or nodes, exchange messages. Where settings speak of steps, these are averages: after every
             `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of

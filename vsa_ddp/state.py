@@ -30,7 +30,7 @@ from vsa_ddp.wires import WIRES, Courier, Link, Message, Subject, num_groups_mad
 
 logger = logging.getLogger(__name__)
 
-MANY_PEERS = 8
+MANY_PEERS = 4
 """More gather more than it is worth where the link is slow."""
 
 
