@@ -46,7 +46,7 @@ METHODS = (
     "bf16",
     *(f"bundle {bundle}" for bundle in (1, 2, 4, 8, 16, 64)),
     *(f"sparsity {sparsity}" for sparsity in (2, 4, 8, 16, 32, 64, 128)),
-    *(f"two-shot {compression}" for compression in (16, 64)),
+    *(f"two-shot {compression}" for compression in (16, 32, 64)),
     *(f"powersgd {rank}" for rank in (1, 2, 4, 8)),
     *(f"demo {count}" for count in (8, 32, 128)),
     "onebit-adam",
@@ -118,7 +118,7 @@ _FEWER = (
 _FOR_SGD = tuple(method for method in METHODS if not method.startswith(("demo", "onebit-adam")))
 _MANY_RANKS = (
     *(method for method in _FEWER if method not in ("bundle 4", "sparsity 16")),
-    "two-shot 64",
+    *(f"two-shot {compression}" for compression in (32, 64)),
     "diloco 20",
     *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
     "vsa-local 8, two-shot 256",
