@@ -334,14 +334,17 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = TrainConfig.steps,
     compression: Annotated[
         float | None,
-        typer.Option(help="Ours: times fewer bits than float32; by itself 64, vsa-local 256.", show_default=False),
+        typer.Option(
+            help="Ours: times fewer bits than float32; by itself 64, beyond 4 ranks 32; vsa-local 256.",
+            show_default=False,
+        ),
     ] = None,
     bundle: Annotated[int | None, typer.Option(help="Ours, instead of compression: slots per hypervector.")] = None,
     period: Annotated[int, typer.Option(min=1, help="vsa-local: steps between two averages.")] = 1,
     wire: Annotated[
         WireName | None,
         typer.Option(
-            help="Ours: how messages travel; by itself all_gather, vsa-local beyond 4 ranks two_shot.",
+            help="Ours: how messages travel; by itself all_gather, beyond 4 ranks two_shot.",
             show_default=False,
         ),
     ] = None,

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaState, state, vsa_hook
+from vsa_ddp import VsaConfig, VsaState, learning_rate_factor, state, vsa_hook
 from vsa_ddp.codec import Codec
 from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.layout import plan_bucket
@@ -330,6 +331,29 @@ def test_stats_of_a_new_state() -> None:
     stats = VsaState().compression_stats()
     assert stats.compression == 1.0
     assert not any(value for name, value in stats._asdict().items() if name != "compression")
+
+
+def chosen(rank: int, world_size: int, all_settings: list[dict[str, Any]]) -> list[tuple[str, float | None]]:
+    found = []
+    for settings in all_settings:
+        given = {"mesh": init_device_mesh("cpu", (3, 2))} if "mesh" in settings else settings
+        config = vsa_ddp.register(DDP(net()), **given).config
+        found.append((config.wire, config.compression))
+    return found
+
+
+def test_more_than_4_peers_take_the_wire_whose_bytes_do_not_grow_if_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    cases: dict[tuple[str, float | None], list[dict[str, Any]]] = {
+        ("two_shot", 32): [{}, {"check_interval": 7}],
+        ("all_gather", 64): [{"wire": "all_gather"}, {"compression": 64}, {"ranks_per_node": 2}, {"mesh": "3 nodes"}],
+        ("all_gather", None): [{"bundle": 4}, {"sparsity": 8}],
+    }
+    asked = [settings for several in cases.values() for settings in several]
+    wanted = [choice for choice, several in cases.items() for _ in several]
+    assert run_ranks(chosen, 6, tmp_path, asked) == [wanted] * 6
+    assert run_ranks(chosen, 4, tmp_path, [{}]) == [[("all_gather", 64)]] * 4
+    # one learning_rate_factor is right for both
+    assert learning_rate_factor(32, wire="two_shot") == pytest.approx(learning_rate_factor(), rel=0.02)
 
 
 def warnings_of(rank: int, world_size: int, settings: dict[str, Any], many: int) -> list[str]:

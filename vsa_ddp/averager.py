@@ -107,7 +107,7 @@ class VsaModelAverager(ModelAverager):
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
-        if "wire" not in settings and find_peers(self.process_group, config)[1] > MANY_PEERS:
+        if "wire" not in settings and find_peers(self.process_group, config, None)[1] > MANY_PEERS:
             config = config.for_wire("two_shot")
         if rescale and config.gain == "shrunk":
             raise ValueError('rescale=True needs gain="unbiased", got "shrunk", which would seem to be noise.')

@@ -37,7 +37,8 @@ class VsaConfig:
     1.6 bits each. Half the noise of a bundle that sends as little: bundle=1 with sparsity=16 sends what bundle=5 does.
     """
     wire: WireName = "all_gather"
-    """How messages travel. "auto" takes what `advise` finds best for the number of ranks, the size of the model and
+    """How messages travel. Where more than 4 ranks or nodes exchange them, `register` and `VsaModelAverager` begin with
+    "two_shot". "auto" takes what `advise` finds best for the number of ranks, the size of the model and
     the link, as stated in `link_gbit` or else measured at the first step, and logs why. "dense" compresses nothing and
     equals DDP without a hook, bit for bit; only where gradients stay in DDP's buckets (`gradient_as_bucket_view` and
     `zero_grad(set_to_none=False)`) and the world size is no power of two, DDP itself rounds otherwise by a unit in the

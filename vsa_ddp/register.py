@@ -12,7 +12,7 @@ from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters
 from vsa_ddp.rates import num_roundings, unbiased_nmse
-from vsa_ddp.state import VsaState
+from vsa_ddp.state import MANY_PEERS, VsaState, find_peers
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,10 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
     "sgd": {"whiten": False, "gain": "shrunk"},
 }
 
+
+FOR_MANY_PEERS: dict[str, Any] = {"wire": "two_shot", "compression": 32.0}
+"""Where nothing is said and more than `MANY_PEERS` exchange messages: as much noise as else, in bytes that do not grow
+with their number."""
 
 # Where wrappers keep the real one: ZeroRedundancyOptimizer, Accelerate's and Lightning's, SAM's
 _WRAPPED = ("optim", "optimizer", "base_optimizer")
@@ -88,7 +92,9 @@ def register(
     Args:
         optimizer: decides whitening and gain by its family; None means Adam-like.
         mesh: nodes and ranks of a node, see `VsaState`; instead of `ranks_per_node`.
-        settings: fields of `VsaConfig` that override the choice, `compression=320` for example.
+        settings: fields of `VsaConfig` that override the choice, `compression=320` for example. Without a wire and a
+            compression (or bundle or sparsity), where more than 4 ranks, or nodes, exchange messages, these are
+            "two_shot" and 32: as much noise, in bytes that do not grow with the ranks.
 
     With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor`, of the same settings.
     Raises: TypeError if the model is not a DistributedDataParallel, or the optimizer none; ValueError for an impossible
@@ -105,7 +111,12 @@ def register(
             "nothing; make it with overlap_with_ddp=False."
         )
     family = optimizer_family(optimizer)
-    config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
+    settings = {**FAMILY_SETTINGS[family], **settings}
+    config = VsaConfig.from_settings(settings)
+    if all(settings.get(name) is None for name in ("wire", "compression", "bundle", "sparsity")):
+        _, num_peers = find_peers(ddp_model.process_group, config, None if mesh is None else mesh.mesh.tolist())
+        if num_peers > MANY_PEERS:
+            config = VsaConfig.from_settings({**settings, **FOR_MANY_PEERS})
     state = VsaState(ddp_model.process_group, config, mesh)
     state.name_parameters(averaged_parameters(ddp_model))
     try:

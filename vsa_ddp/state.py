@@ -35,12 +35,13 @@ MANY_PEERS = 4
 
 
 def find_peers(
-    group: dist.ProcessGroup, config: VsaConfig, mesh: list[list[int]] | None = None
+    group: dist.ProcessGroup, config: VsaConfig, mesh: list[Any] | None
 ) -> tuple[list[list[int]] | None, int]:
     """The group's ranks by node, None if each is one, and how many nodes exchange messages. Raises: ValueError if the
-    ranks do not divide evenly."""
+    ranks do not divide evenly, or are not those of the mesh."""
+    members = None if mesh is None else check_mesh(mesh, config.ranks_per_node)
     ranks = dist.get_process_group_ranks(group)
-    nodes = group_by_node(ranks, config.ranks_per_node, os.environ.get("LOCAL_WORLD_SIZE"), mesh)
+    nodes = group_by_node(ranks, config.ranks_per_node, os.environ.get("LOCAL_WORLD_SIZE"), members)
     return nodes, len(nodes) if nodes else len(ranks)
 
 
