@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several machines: run the same line on each, the rendezvous host first or within a minute of the others.
-#   RENDEZVOUS=host0:29400 NODES=4 bash launch/multi_node.sh --steps 1000 --compression 80 --checkpoint /shared/run1
+#   RENDEZVOUS=host0:29400 NODES=4 bash launch/multi_node.sh --steps 1000 --checkpoint /shared/run1
 #   RENDEZVOUS=host0:29400 NODES=2:4 bash launch/multi_node.sh --checkpoint /shared/run1    # elastic: 2 to 4 machines
 #   RENDEZVOUS=10.0.0.5:29400 NODES=2 RANKS_PER_NODE=1 JOB=run2 PYTHON=python bash launch/multi_node.sh
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on this machine, one rank per GPU, or 2 on CPU. All arguments but --ranks go to launch/train.py:
-#   bash launch/one_machine.sh --steps 1000 --compression 80
+#   bash launch/one_machine.sh --steps 1000
 #   bash launch/one_machine.sh --ranks 4 --steps 200 --json figures.json
 #   MAX_RESTARTS=3 bash launch/one_machine.sh --checkpoint runs/saved
 #   PYTHON=python bash launch/one_machine.sh            # in your own environment, not .venv

@@ -153,7 +153,8 @@ def main(
     compression: Annotated[
         float | None,
         typer.Option(
-            help="vsa_ddp: times fewer bits than float32; by itself 64, the averager 256.", show_default=False
+            help="vsa_ddp: times fewer bits than float32; by itself 64, by two_shot 32, the averager 256.",
+            show_default=False,
         ),
     ] = None,
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of all runs.")] = TrainConfig.optimizer,

@@ -335,7 +335,7 @@ def main(
     compression: Annotated[
         float | None,
         typer.Option(
-            help="Ours: times fewer bits than float32; by itself 64, beyond 4 ranks 32; vsa-local 256.",
+            help="Ours: times fewer bits than float32; by itself 64, by two_shot 32; vsa-local 256.",
             show_default=False,
         ),
     ] = None,
@@ -344,7 +344,8 @@ def main(
     wire: Annotated[
         WireName | None,
         typer.Option(
-            help="Ours: how messages travel; by itself all_gather, beyond 4 ranks two_shot.",
+            help="Ours: how messages travel; by itself all_gather, beyond 4 ranks two_shot if no compression is given "
+            "or by vsa-local.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ import torch
 
 import vsa_ddp
 from vsa_ddp import VsaConfig, VsaState, learning_rate_factor
-from vsa_ddp.rates import NMSES, bits_per_trit, unbiased_nmse
+from vsa_ddp.rates import NMSES, bits_per_trit, num_roundings, unbiased_nmse
 from vsa_ddp.register import optimizer_family
 
 
@@ -66,7 +66,9 @@ def test_the_learning_rate_factor_is_the_root_of_the_second_moments_growth() -> 
     ("settings", "bundle", "sparsity"),
     [
         ({}, 1, 8),
-        ({"wire": "all_reduce"}, 4, 1),
+        ({"wire": "all_reduce"}, 2, 1),
+        ({"wire": "two_shot"}, 1, 2),
+        ({"wire": "auto"}, 1, 8),
         ({"bundle": 3}, 3, 1),
         ({"sparsity": 2}, 1, 2),
         ({"bundle": 3, "sparsity": 2}, 3, 2),
@@ -83,9 +85,16 @@ def test_compression_chooses_bundle_and_sparsity(settings: dict[str, Any], bundl
     config = VsaConfig(**settings)
     assert (config.bundle, config.sparsity) == (bundle, sparsity)
     assert VsaConfig.from_settings(vars(replace(config, seed=5))) == replace(config, seed=5)
-    chosen = settings.get("compression", 64) if {"bundle", "sparsity"}.isdisjoint(settings) else None
+    chosen = settings.get("compression", "default") if {"bundle", "sparsity"}.isdisjoint(settings) else None
     assert config.compression == chosen
     assert config.for_wire("two_shot") == VsaConfig(**{**settings, "wire": "two_shot"})
+
+
+@pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])
+def test_the_default_has_one_noise_by_every_wire(wire: Any) -> None:
+    config = VsaConfig(wire=wire)
+    assert unbiased_nmse(config.bundle, config.sparsity, num_roundings(wire)) == pytest.approx(1.5, abs=0.04)
+    assert learning_rate_factor(wire=wire) == pytest.approx(learning_rate_factor(), rel=0.02)
 
 
 @pytest.mark.parametrize("wire", ["all_gather", "all_reduce", "two_shot"])

@@ -54,9 +54,11 @@ def test_a_link_fast_enough_does_not_pay_and_the_line_says_so() -> None:
 
 def test_every_wire_is_priced_with_the_code_that_compression_chooses_for_it() -> None:
     many = advise(10_000_000, 64, gbit_per_s=0.01)
-    assert (many.wire, many.bundle, many.sparsity) == ("two_shot", 2, 2)
+    assert (many.wire, many.bundle, many.sparsity) == ("two_shot", 1, 2)
     assert set(many.ms) == {"dense", "half", "all_gather", "two_shot"}
-    assert "ms of communication a step by two_shot with bundle 2 and sparsity 2" in str(many)
+    assert "ms of communication a step by two_shot with bundle 1 and sparsity 2" in str(many)
+    asked = advise(10_000_000, 64, gbit_per_s=0.01, compression=64)
+    assert (asked.wire, asked.bundle, asked.sparsity) == ("two_shot", 2, 2)
     # two_shot's bundle of 16 is quicker to calculate, and has twice the noise
     few = advise(10_000_000, 2, gbit_per_s=0.1, compression=320)
     assert (few.wire, few.bundle, few.sparsity) == ("all_gather", 2, 32)

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from vsa_ddp.config import COMPRESSION
 from vsa_ddp.cost import Advice, advise
 from vsa_ddp.probe import advise_group
 
@@ -28,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the advice; 2 and one line on stderr for a wrong value."""
     parser = _Parser(prog="vsa_ddp", description="Does compression pay on this link, and by which wire?")
     parser.add_argument("--parameters", type=float, required=True, help="elements of the gradient, as 124e6")
-    parser.add_argument("--compression", type=float, help=f"times fewer bytes than float32 (default: {COMPRESSION:g})")
+    parser.add_argument("--compression", type=float, help="times fewer bytes than float32 (default: by wire)")
     parser.add_argument("--bundle", type=int, help="instead of compression: slots per hypervector")
     parser.add_argument("--sparsity", type=int, help="instead of compression: trits of which one is sent")
     parser.add_argument("--ranks", type=int, help="on paper: ranks that exchange")

@@ -67,7 +67,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _sum(integers: Tensor) -> Tensor:
-    """In parts, since torch copies what it sums into the sum's dtype."""
+    """In parts, since torch would copy all of them into the sum's dtype, of twice the size."""
     parts = [part.sum(dtype=torch.int64) for part in torch.split(integers.flatten(), _AT_ONCE)]
     return torch.stack(parts).sum()
 

@@ -24,7 +24,7 @@ from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
 from vsa_ddp.register import FAMILY_SETTINGS, Family, layers, optimizer_family
-from vsa_ddp.state import MANY_PEERS, VsaState, find_peers
+from vsa_ddp.state import VsaState, default_wire, local_world_size
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 
@@ -107,8 +107,8 @@ class VsaModelAverager(ModelAverager):
         if all(settings.get(name) is None for name in ("compression", "bundle", "sparsity")):
             settings["compression"] = COMPRESSION
         config = VsaConfig.from_settings(settings)
-        if "wire" not in settings and find_peers(self.process_group, config, None)[1] > MANY_PEERS:
-            config = config.for_wire("two_shot")
+        if "wire" not in settings:
+            config = config.for_wire(default_wire(self.process_group, config))
         if rescale and config.gain == "shrunk":
             raise ValueError('rescale=True needs gain="unbiased", got "shrunk", which would seem to be noise.')
         known = optimizer is not None and family == "adam"
@@ -117,6 +117,7 @@ class VsaModelAverager(ModelAverager):
         self._model = model
         self._parameters = _trained(model)
         mine = {"period": period, "warmup_steps": warmup_steps, "rescale": self._rescale, "version": __version__}
+        mine["LOCAL_WORLD_SIZE"] = local_world_size(config)
         shapes = {"parameter": describe(self._parameters.items())}
         values = {"parameters at the start:": digests(self._parameters.items())}
         check_agreement({**mine, **config.of_all_ranks(), **shapes, **values}, self.process_group)

@@ -15,8 +15,9 @@ PredictorName = Literal["last", "ema", "momentum", "linear"]
 Adapt = Literal["gate", "trend", "none"]
 HistoryDtype = Literal["float32", "bfloat16", "trits"]
 
-COMPRESSION = 64.0
-"""Where nothing is said. By `all_gather` the decoded gradient has the noise of one from two fifths of the batch."""
+COMPRESSIONS: dict[str, float] = {"all_gather": 64.0, "all_reduce": 40.0, "two_shot": 32.0}
+"""By wire, where nothing is said: noise over signal is 1.5, so a gradient of mostly noise is as good as one from two
+fifths of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,11 @@ class VsaConfig:
     Raises: ValueError naming the setting, the rule and the value.
     """
 
-    compression: float | None = None
-    """How many times fewer bits than float32's an element has, at least; 64 if neither this nor `bundle` nor `sparsity`
-    is given. Chooses those two, for the least noise by the wire. Levels, 16 bits for each rotation block, padding and
-    small parameters come on top. None if they were given instead."""
+    compression: float | Literal["default"] | None = None
+    """How many times fewer bits than float32's an element has, at least. Chooses `bundle` and `sparsity`, for the least
+    noise by the wire. Levels, 16 bits for each rotation block, padding and small parameters come on top. None if those
+    two were given instead; "default" if nothing was: 64, 40 for "all_reduce" and 32 for "two_shot", all with one noise.
+    """
     bundle: int = None  # type: ignore[assignment]  # `__post_init__` chooses
     """B, how many slots share one hypervector. Given alone, all trits are sent: 20 * B times fewer bytes."""
     sparsity: int = None  # type: ignore[assignment]
@@ -37,8 +39,8 @@ class VsaConfig:
     1.6 bits each. Half the noise of a bundle that sends as little: bundle=1 with sparsity=16 sends what bundle=5 does.
     """
     wire: WireName = "all_gather"
-    """How messages travel. Where more than 4 ranks or nodes exchange them, `register` and `VsaModelAverager` begin with
-    "two_shot". "auto" takes what `advise` finds best for the number of ranks, the size of the model and
+    """How messages travel; `register` and `VsaModelAverager` begin with "two_shot" for more than 4 ranks or nodes (see
+    there). "auto" takes what `advise` finds best for the number of ranks, the size of the model and
     the link, as stated in `link_gbit` or else measured at the first step, and logs why. "dense" compresses nothing and
     equals DDP without a hook, bit for bit; only where gradients stay in DDP's buckets (`gradient_as_bucket_view` and
     `zero_grad(set_to_none=False)`) and the world size is no power of two, DDP itself rounds otherwise by a unit in the
@@ -127,15 +129,14 @@ class VsaConfig:
     def _choose(self) -> None:
         """Give `bundle` and `sparsity` their values where they were left out."""
         given: tuple[int | None, int | None] = self.bundle, self.sparsity
-        compression = COMPRESSION if self.compression is None and given == (None, None) else self.compression
-        if compression is None:
+        compression = "default" if self.compression is None and given == (None, None) else self.compression
+        least = COMPRESSIONS.get(self.wire, COMPRESSIONS["all_gather"]) if compression == "default" else compression
+        if least is None:
             chosen = (1 if given[0] is None else given[0], 1 if given[1] is None else given[1])
-        elif (
-            isinstance(compression, bool) or not isinstance(compression, int | float) or not 1 <= compression < math.inf
-        ):
+        elif isinstance(least, bool) or not isinstance(least, int | float) or not 1 <= least < math.inf:
             raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
         else:
-            chosen = least_noise(compression, self.wire, self.rotation_block)
+            chosen = least_noise(least, self.wire, self.rotation_block)
             if given not in ((None, None), chosen):
                 raise ValueError(
                     f"compression={compression!r} chooses a bundle of {chosen[0]} and a sparsity of {chosen[1]}, but "
@@ -145,7 +146,9 @@ class VsaConfig:
             object.__setattr__(self, name, value)
 
     def asked(self) -> dict[str, Any]:
-        """What decides the code: the compression, or else bundle and sparsity."""
+        """What decides the code: the compression, or else bundle and sparsity; nothing if nothing was given."""
+        if self.compression == "default":
+            return {}
         if self.compression is not None:
             return {"compression": self.compression}
         return {"bundle": self.bundle, "sparsity": self.sparsity}

@@ -11,8 +11,9 @@ from torch.optim import ASGD, LBFGS, SGD, Optimizer, Rprop
 from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters
+from vsa_ddp.nodes import check_mesh
 from vsa_ddp.rates import num_roundings, unbiased_nmse
-from vsa_ddp.state import MANY_PEERS, VsaState, find_peers
+from vsa_ddp.state import VsaState, default_wire
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,6 @@ FAMILY_SETTINGS: dict[Family, dict[str, Any]] = {
     "sgd": {"whiten": False, "gain": "shrunk"},
 }
 
-
-FOR_MANY_PEERS: dict[str, Any] = {"wire": "two_shot", "compression": 32.0}
-"""Where nothing is said and more than `MANY_PEERS` exchange messages: as much noise as else, in bytes that do not grow
-with their number."""
 
 # Where wrappers keep the real one: ZeroRedundancyOptimizer, Accelerate's and Lightning's, SAM's
 _WRAPPED = ("optim", "optimizer", "base_optimizer")
@@ -92,9 +89,10 @@ def register(
     Args:
         optimizer: decides whitening and gain by its family; None means Adam-like.
         mesh: nodes and ranks of a node, see `VsaState`; instead of `ranks_per_node`.
-        settings: fields of `VsaConfig` that override the choice, `compression=320` for example. Without a wire and a
-            compression (or bundle or sparsity), where more than 4 ranks, or nodes, exchange messages, these are
-            "two_shot" and 32: as much noise, in bytes that do not grow with the ranks.
+        settings: fields of `VsaConfig` that override the choice, `compression=320` for example. If neither a wire nor
+            a compression (nor bundle nor sparsity) is given, all of a job's more than 4 ranks, or nodes, begin with
+            wire="two_shot" and its compression of 32: bytes do not grow with the ranks, and the noise is that of the
+            default where gradients have little in common. A compression alone keeps "all_gather".
 
     With an Adam-like optimizer, multiply the learning rate by `learning_rate_factor`, of the same settings.
     Raises: TypeError if the model is not a DistributedDataParallel, or the optimizer none; ValueError for an impossible
@@ -111,12 +109,10 @@ def register(
             "nothing; make it with overlap_with_ddp=False."
         )
     family = optimizer_family(optimizer)
-    settings = {**FAMILY_SETTINGS[family], **settings}
-    config = VsaConfig.from_settings(settings)
-    if all(settings.get(name) is None for name in ("wire", "compression", "bundle", "sparsity")):
-        _, num_peers = find_peers(ddp_model.process_group, config, None if mesh is None else mesh.mesh.tolist())
-        if num_peers > MANY_PEERS:
-            config = VsaConfig.from_settings({**settings, **FOR_MANY_PEERS})
+    config = VsaConfig.from_settings({**FAMILY_SETTINGS[family], **settings})
+    if "wire" not in settings and config.compression == "default":
+        members = None if mesh is None else check_mesh(mesh.mesh.tolist(), config.ranks_per_node)
+        config = config.for_wire(default_wire(ddp_model.process_group, config, members))
     state = VsaState(ddp_model.process_group, config, mesh)
     state.name_parameters(averaged_parameters(ddp_model))
     try:
@@ -128,5 +124,11 @@ def register(
         ) from error
     if family == "adam" and config.wire != "dense":
         factor = learning_rate_factor(bundle=config.bundle, sparsity=config.sparsity, wire=config.wire)
-        logger.info("learning rate: times %.2f suits bundle %d, sparsity %d", factor, config.bundle, config.sparsity)
+        logger.info(
+            "learning rate: times %.2f suits bundle=%d, sparsity=%d, wire=%r",
+            factor,
+            config.bundle,
+            config.sparsity,
+            config.wire,
+        )
     return state

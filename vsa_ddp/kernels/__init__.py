@@ -3,6 +3,7 @@
 The only place that imports numba and triton, and only when one of them is asked for.
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -51,23 +52,20 @@ def missing(backend: str, device: torch.device) -> str | None:
     interpreted = backend == "triton" and _triton_interprets()
     if device.type != wanted and not interpreted:
         return f'backend="{backend}" is for {wanted} and gradients are on {device.type}; use backend="auto".'
-    if backend in _DEVICE and not _is_installed(backend):
+    if backend in _DEVICE and importlib.util.find_spec(backend) is None:
         return f'backend="{backend}" needs {backend}, which is not installed: {_REMEDY[backend]}, or backend="auto".'
-    if backend == "triton" and not interpreted and not _has_compiler():
-        return 'backend="triton" needs a C compiler: install gcc, or set CC to one, or use backend="torch".'
     return None
 
 
 def load_kernels(backend: str, device: torch.device) -> Kernels:
-    """The backend; "auto" takes the fastest that is there, triton on CUDA, numba on a CPU, else torch.
+    """The backend; "auto" takes the fastest that is there: triton on CUDA, numba on a CPU, else torch.
 
     Raises: ValueError if it is not there.
     """
     if backend == "auto":
-        backend = next((b for b in _DEVICE if _DEVICE[b] == device.type), "torch")
-        if reason := missing(backend, device):
-            if _is_installed(backend):
-                logger.warning("%s Until then the slower torch calculates.", reason)
+        backend = next((b for b in _DEVICE if _DEVICE[b] == device.type and not missing(b, device)), "torch")
+        if backend == "triton" and not _has_compiler():
+            _warn("triton needs a C compiler, which is not there: install gcc, or set CC; till then torch calculates")
             backend = "torch"
     if reason := missing(backend, device):
         raise ValueError(reason)
@@ -78,13 +76,15 @@ def load_kernels(backend: str, device: torch.device) -> Kernels:
     return kernels
 
 
-def _is_installed(backend: str) -> bool:
-    return importlib.util.find_spec(backend) is not None
-
-
 def _has_compiler() -> bool:
     """Whether triton finds what it builds its launchers with; images without compilers are usual on GPU machines."""
-    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
+    return any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once."""
+    logger.warning(text)
 
 
 def _triton_interprets() -> bool:
