@@ -137,10 +137,10 @@ SUITES = {
         task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
     "adamw-digits-16": Suite(
-        task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3, world_size=16, methods=_MANY_RANKS
+        task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3 * 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
     "sgd-digits-16": Suite(
-        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, world_size=16, methods=_MANY_RANKS
+        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05 * 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
 }
 README_SUITES = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
