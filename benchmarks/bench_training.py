@@ -148,7 +148,7 @@ README_METHODS = (
     "dense",
     "bundle 1",
     "sparsity 8",
-    "sparsity 64",
+    "two-shot 32",
     "vsa-local 1, n=8",
     "vsa-local 1, n=64",
     "vsa-local 1, two-shot 256",
