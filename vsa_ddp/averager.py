@@ -69,9 +69,9 @@ class VsaModelAverager(ModelAverager):
         process_group: the ranks; None for all.
         settings: fields of `VsaConfig`; `compression` is 256 if neither it nor `bundle` nor `sparsity` is given, and
             `exact_steps` is 0, since an exact average has the bytes of 150 and more; `gain` is "unbiased" for every
-            optimizer, since nothing makes up for steps that "shrunk" makes too short; `wire` is "two_shot" where more
-            than 4 ranks, or nodes, exchange messages. Where settings speak of steps, these are averages: after every
-            `check_interval` of them the ranks are compared.
+            optimizer, since nothing makes up for steps that "shrunk" makes too short; `wire` is "two_shot" where the
+            ranks are all of a job's, and more than 4, or in more than 4 nodes. Where settings speak of steps, these are
+            averages: after every `check_interval` of them the ranks are compared.
 
     It is one of torch's model averagers, so `PostLocalSGDOptimizer(optimizer, averager)` takes it too. Keeps a copy of
     the parameters: where all ranks were last. Source: local SGD, Stich 2018, arXiv:1805.09767; its compressed changes,
