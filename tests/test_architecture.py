@@ -30,6 +30,7 @@ ORDER = [
     "compressor",
     "sigma",
     "wires",
+    "peers",
     "probe",
     "agreement",
     "replicas",
@@ -49,6 +50,7 @@ ORDER = [
 ]
 MAY_COMMUNICATE = {
     "wires",
+    "peers",
     "probe",
     "__main__",
     "agreement",

@@ -15,7 +15,7 @@ import vsa_ddp
 from benchmarks.lockstep import LockstepAverager, LockstepHook, shapes_of
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaModelAverager, changes, state
+from vsa_ddp import VsaConfig, VsaModelAverager, changes, peers
 
 PERIOD = 3
 
@@ -246,7 +246,7 @@ def test_averages_go_as_far_as_one_adam_also_from_second_moments_in_common(tmp_p
 
 
 def chosen_wire(rank: int, world_size: int, many: int, settings: dict[str, Any]) -> tuple[str, str]:
-    state.MANY_PEERS = many
+    peers.MANY_PEERS = many
     model = net()
     optimizer, average = make(model, period=1, **settings)
     train(model, optimizer, average, rank, range(2))

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 import vsa_ddp
 from tests.models import digest, loss_of, net
 from tests.ranks import run_ranks
-from vsa_ddp import VsaConfig, VsaState, state, vsa_hook
+from vsa_ddp import VsaConfig, VsaState, peers, state, vsa_hook
 from vsa_ddp.codec import Codec
 from vsa_ddp.kernels import TorchKernels
 from vsa_ddp.layout import plan_bucket
@@ -362,7 +362,7 @@ def warnings_of(rank: int, world_size: int, settings: dict[str, Any], many: int)
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("vsa_ddp").addHandler(handler)
-    state.MANY_PEERS = many
+    peers.MANY_PEERS = state.MANY_PEERS = many
     model, optimizer, _ = start(True, {}, settings)
     steps(model, optimizer, rank, 0, 1)
     return found

@@ -23,8 +23,9 @@ from vsa_ddp.changes import fill_buckets
 from vsa_ddp.config import VsaConfig
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters, describe
+from vsa_ddp.peers import default_wire, local_world_size
 from vsa_ddp.register import FAMILY_SETTINGS, Family, layers, optimizer_family
-from vsa_ddp.state import VsaState, default_wire, local_world_size
+from vsa_ddp.state import VsaState
 from vsa_ddp.stats import CompressionStats
 from vsa_ddp.version import __version__
 

@@ -12,8 +12,9 @@ from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.hook import vsa_hook
 from vsa_ddp.names import averaged_parameters
 from vsa_ddp.nodes import check_mesh
+from vsa_ddp.peers import default_wire
 from vsa_ddp.rates import num_roundings, unbiased_nmse
-from vsa_ddp.state import VsaState, default_wire
+from vsa_ddp.state import VsaState
 
 logger = logging.getLogger(__name__)
 

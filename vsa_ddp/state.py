@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +18,8 @@ from vsa_ddp.config import VsaConfig, WireName
 from vsa_ddp.kernels import Kernels, Rows, load_kernels, missing
 from vsa_ddp.layout import is_compressed, plan_bucket
 from vsa_ddp.names import ParameterNames, describe
-from vsa_ddp.nodes import check_mesh, group_by_node
+from vsa_ddp.nodes import check_mesh
+from vsa_ddp.peers import MANY_PEERS, find_peers, local_world_size
 from vsa_ddp.probe import advise_group
 from vsa_ddp.replicas import ReplicaCheck
 from vsa_ddp.sigma import SharedSigma
@@ -29,39 +29,6 @@ from vsa_ddp.whitening import Whitening
 from vsa_ddp.wires import WIRES, Courier, Link, Message, Subject, num_groups_made
 
 logger = logging.getLogger(__name__)
-
-MANY_PEERS = 4
-"""More gather more than it is worth where the link is slow."""
-
-
-def local_world_size(config: VsaConfig) -> str | None:
-    """What torchrun says, if nodes go by that."""
-    return os.environ.get("LOCAL_WORLD_SIZE") if config.ranks_per_node == "local" else None
-
-
-def find_peers(
-    group: dist.ProcessGroup, config: VsaConfig, mesh: list[list[int]] | None
-) -> tuple[list[list[int]] | None, int]:
-    """The group's ranks by node, None if each is one, and how many nodes exchange messages. Raises: ValueError if the
-    ranks do not divide evenly, or are not those of the mesh."""
-    ranks = dist.get_process_group_ranks(group)
-    nodes = group_by_node(ranks, config.ranks_per_node, local_world_size(config), mesh)
-    return nodes, len(nodes) if nodes else len(ranks)
-
-
-def default_wire(group: dist.ProcessGroup, config: VsaConfig, mesh: list[list[int]] | None = None) -> WireName:
-    """What ranks begin with that were told no wire: "two_shot" if more than `MANY_PEERS` would gather.
-
-    It takes process groups of its own, so only all ranks of a job have it. Nodes that cannot be are found, on every
-    rank, when the ranks meet.
-    """
-    if group is not dist.group.WORLD:
-        return "all_gather"
-    try:
-        _, num_peers = find_peers(group, config, mesh)
-    except ValueError:
-        return "all_gather"
-    return "two_shot" if num_peers > MANY_PEERS else "all_gather"
 
 
 class VsaState:
