@@ -239,8 +239,8 @@ class TritonKernels:
         like = received.levels_T if isinstance(received, Summed) else received.levels
         y_TK = _floats(like, *received.shape)
         arguments, sizes = _arrived(received)
-        sizes |= {name: size for name, size in _by_rows(received.shape[1]).items() if name != "STAGES"}
-        _launch(_mean, y_TK, len(y_TK), y_TK, *arguments, **sizes)
+        block = received.shape[1]
+        _launch(_mean, y_TK, len(y_TK), y_TK, *arguments, **sizes, K=block, num_warps=_num_warps(block))
         return y_TK
 
 
@@ -294,9 +294,14 @@ def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 def _by_rows(block: int) -> dict[str, int]:
     """Sizes of a kernel with a program for each row."""
+    return {"K": block, "STAGES": block.bit_length() - 1, "num_warps": _num_warps(block)}
+
+
+def _num_warps(block: int) -> int:
+    """Of a program that has a row."""
     # 16 elements to a thread: with 32, encode takes 215 registers on Hopper, and too few rows are in flight; with 8,
     # more threads draw the same keys. A row of 16384 then takes all 32 warps that a program may have
-    return {"K": block, "STAGES": block.bit_length() - 1, "num_warps": max(1, block // 512)}
+    return max(1, block // 512)
 
 
 def _of_lanes(block: int, num_ranks: int) -> dict[str, int]:
