@@ -15,8 +15,9 @@ from tests.models import digest, gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig, learning_rate_factor
 from vsa_ddp.compressor import VSAGradientCompressor
+from vsa_ddp.hypervector import rotate
 from vsa_ddp.rates import NMSES, code_bits, unbiased_nmse
-from vsa_ddp.sparse import GROUP, pack_codes, quantize_sparsely, row_bytes, unpack_codes
+from vsa_ddp.sparse import GROUP, diagonals, pack_codes, quantize_sparsely, row_bytes, unpack_codes
 from vsa_ddp.ternary import dequantize, level
 
 SPARSITIES = (2, 4, 8, 16, 32, 64, 128)
@@ -30,7 +31,7 @@ def test_block_codes_survive_packing(sparsity: int, num_rows: int, groups: int) 
     packed_TP = pack_codes(codes_TS, sparsity)
     assert packed_TP.shape == (num_rows, row_bytes(num * sparsity, sparsity))
     assert packed_TP.nbytes * 8 == codes_TS.numel() * code_bits(sparsity)
-    trits_TnS = unpack_codes(packed_TP, sparsity).view(num_rows, sparsity, num)
+    trits_TnS = unpack_codes(packed_TP, sparsity)[:, diagonals(num * sparsity, sparsity, packed_TP.device)]
     assert torch.equal(trits_TnS.abs().sum(1), torch.ones(num_rows, num))
     place_TS = trits_TnS.abs().argmax(1)
     negative_TS = trits_TnS.sum(1) < 0
@@ -42,10 +43,36 @@ def test_the_largest_of_a_block_is_kept_with_its_sign(sparsity: int) -> None:
     y_TK = torch.randn(5, 1024, generator=torch.Generator().manual_seed(1))
     codes_TS, energy_T, kept_T = quantize_sparsely(y_TK, sparsity)
     trits_TK = unpack_codes(pack_codes(codes_TS, sparsity), sparsity)
-    kept = y_TK.view(5, sparsity, -1).abs().amax(1)
-    assert torch.equal((trits_TK * y_TK).view(5, sparsity, -1).sum(1), kept)
+    where_nS = diagonals(1024, sparsity, y_TK.device)
+    kept = y_TK[:, where_nS].abs().amax(1)
+    assert torch.equal((trits_TK * y_TK)[:, where_nS].sum(1), kept)
     torch.testing.assert_close(energy_T, y_TK.square().sum(1))
     torch.testing.assert_close(kept_T, kept.sum(1))
+
+
+def test_a_code_has_an_element_of_every_run_and_a_row_every_element_once() -> None:
+    assert diagonals(32, 4, torch.device("cpu"))[:, 0].tolist() == [0, 9, 18, 27]
+    assert diagonals(128, 16, torch.device("cpu"))[:, 0].tolist() == [9 * run % 8 + 8 * run for run in range(8)] + [
+        8 * run + (run + 1) % 8 for run in range(8, 16)
+    ]
+    for sparsity in SPARSITIES:
+        where_nS = diagonals(1024, sparsity, torch.device("cpu"))
+        assert torch.equal(where_nS.flatten().sort()[0], torch.arange(1024))
+        assert torch.equal(where_nS // (1024 // sparsity), torch.arange(sparsity)[:, None].expand_as(where_nS))
+
+
+@pytest.mark.parametrize("sparsity", [2, 8, 64])
+@pytest.mark.parametrize("num_cols", [64, 128, 256])
+def test_a_row_that_prevails_costs_no_more_than_others(sparsity: int, num_cols: int) -> None:
+    """Of a matrix whose rows are parts of a rotation block: the rotated block repeats itself then, up to signs."""
+    generator = torch.Generator().manual_seed(3)
+    x_TK = torch.randn(400, 1024, generator=generator)
+    x_TK[:, num_cols:] = 0
+    y_TK = rotate(x_TK)
+    codes_TS, energy_T, kept_T = quantize_sparsely(y_TK, sparsity)
+    estimate_TK = dequantize(unpack_codes(pack_codes(codes_TS, sparsity), sparsity), level(energy_T, kept_T))
+    error = ((estimate_TK - y_TK).square().sum() / y_TK.square().sum()).item()
+    assert error == pytest.approx(NMSES[sparsity], rel=0.05)
 
 
 def test_of_equal_sizes_the_first_is_kept() -> None:

@@ -1,14 +1,20 @@
 """Sparse block codes: of every n elements of a row the one of largest size alone becomes a trit, all others are 0.
 
 A block is sent as the place of its trit and the trit's sign, 1 + log2 n bits. At as many bits that is about half the
-noise of bundling: sums of slots throw away what a maximum finds. Block s of a row has the elements s, s + K/n, s + 2K/n
-..., so that one pass over the row finds the largest of all blocks side by side.
+noise of bundling: sums of slots throw away what a maximum finds.
+
+A maximum finds little among equal sizes. Rotation blocks are some rows of a matrix, and if one of them prevails, as the
+rows of frequent tokens do, what a power of two of elements apart lies in the rotated block has one size. So codes are
+diagonals: of n runs of S elements code s has the s-th of the first, the s+1st of the second, and so on, one more after
+every S runs. One pass over the row finds the largest of all codes side by side.
 
 Sources: Laiho et al. 2015, "High-dimensional computing with sparse vectors" (sparse block codes); Andoni et al. 2015,
 arXiv:1509.02897 (the rotated cross-polytope as a quantiser); the level is `ternary.level`.
 
 Shape letters: T rotation blocks of K elements, n elements of a block code, S = K / n block codes in P bytes.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,13 +31,20 @@ def row_bytes(block: int, sparsity: int) -> int:
     return block // (sparsity * GROUP) * code_bits(sparsity)
 
 
+@cache
+def diagonals(block: int, sparsity: int, device: torch.device) -> Tensor:
+    """Where in a row the elements of codes lie. Shapes: -> (n, S) int64, each of 0..K - 1 once."""
+    run, num = torch.arange(sparsity, device=device)[:, None], block // sparsity
+    return run * num + (torch.arange(num, device=device) + run + run // num) % num
+
+
 def quantize_sparsely(y_TK: Tensor, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep of every n elements the largest, the first of equal ones.
 
     Returns the block codes, place + n * (1 if it is negative), and what `ternary.level` wants: each row's energy and
     the sum of the sizes kept. Shapes: (T, K) float32 -> (T, S) uint8, (T,) float32, (T,) float32. K a power of two.
     """
-    y_TnS = y_TK.view(len(y_TK), sparsity, -1)
+    y_TnS = y_TK[:, diagonals(y_TK.shape[1], sparsity, y_TK.device)]
     # sizes as integers, which order as their bits do, each with its place behind it: no two are equal
     place_n1 = torch.arange(sparsity, device=y_TK.device)[:, None]
     size = y_TnS.view(torch.int32) & 0x7FFFFFFF
@@ -60,4 +73,5 @@ def unpack_codes(packed_TP: Tensor, sparsity: int) -> Tensor:
     codes_T1S = (words >> torch.arange(GROUP, device=device) * bits & 2 * sparsity - 1).flatten(1)[:, None]
     sign_T1S = 1 - 2 * (codes_T1S >= sparsity).float()
     here_TnS = codes_T1S % sparsity == torch.arange(sparsity, device=device)[:, None]
-    return (here_TnS * sign_T1S).flatten(1)
+    trits_TK = (here_TnS * sign_T1S).flatten(1)
+    return torch.empty_like(trits_TK).index_copy_(1, diagonals(trits_TK.shape[1], sparsity, device).flatten(), trits_TK)

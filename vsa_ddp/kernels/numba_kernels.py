@@ -282,6 +282,12 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 
 
 @compiled
+def _where(code: int, run: int, n: int) -> int:
+    """`sparse.diagonals`: the element of a code, of n, in a run."""
+    return run * n + ((code + run + run // n) & (n - 1))
+
+
+@compiled
 def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Array) -> tuple[Any, Any]:
     """`sparse.quantize_sparsely` of a row: block codes, the energy and what was kept of it."""
     block, n = len(y_K), len(codes)
@@ -290,14 +296,19 @@ def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Arr
     energy, bits = _sum(spare_K), y_K.view(np.int32)
     for s in range(n):
         sizes[s], codes[s] = bits[s] & np.int32(0x7FFFFFFF), np.int32(0)
-    for place in range(1, sparsity):
-        part = bits[place * n : place * n + n]
+    twice = spare_K[: 2 * n].view(np.int32)
+    for run in range(1, sparsity):
+        # a run twice has all its turns in one piece
+        _copy(bits[run * n : run * n + n], twice[:n])
+        _copy(twice[:n], twice[n:])
+        first = _where(0, run, n) - run * n
+        part = twice[first : first + n]
         for s in range(n):
             size = part[s] & np.int32(0x7FFFFFFF)
-            codes[s] = np.int32(place) if size > sizes[s] else codes[s]
+            codes[s] = np.int32(run) if size > sizes[s] else codes[s]
             sizes[s] = max(size, sizes[s])
     for s in range(n):
-        y = y_K[codes[s] * n + s]
+        y = y_K[_where(s, codes[s], n)]
         spare_K[s] = abs(y)
         codes[s] += np.int32(sparsity) if y < 0 else np.int32(0)
     return energy, _sum(spare_K[:n])
@@ -316,7 +327,7 @@ def _add_codes(row: Array, num_bits: int, n: int, level: Any, y_K: Array) -> Non
             word |= _U64(row[at + i]) << _U64(8 * i)
         for s in range(first, first + 8):
             code = np.int64(word >> _U64((s - first) * num_bits)) & (2 * sparsity - 1)
-            y_K[(code & (sparsity - 1)) * n + s] += level if code < sparsity else -level
+            y_K[_where(s, code & (sparsity - 1), n)] += level if code < sparsity else -level
 
 
 @compiled

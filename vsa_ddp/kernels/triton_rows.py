@@ -139,14 +139,22 @@ def row_of(rows, gradient, step, seed, t, K: tl.constexpr, STAGES: tl.constexpr,
 
 
 @triton.jit
+def turn(run, n: tl.constexpr):
+    """By how much a run of n elements is turned; see `sparse.diagonals`."""
+    return run + run // n
+
+
+@triton.jit
 def largest(y_K, energy, kept, row, K: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr):
     """`sparse.quantize_sparsely` of a row: block codes, int32. Stores the row's energy and what was kept of it."""
     n: tl.constexpr = K >> (BITS - 1)
-    size_nS = tl.reshape(y_K.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (1 << (BITS - 1), n))
+    element = tl.arange(0, K)
+    turned_K = tl.gather(y_K, element // n * n + (element + turn(element // n, n)) % n, 0)
+    size_nS = tl.reshape(turned_K.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (1 << (BITS - 1), n))
     size_S, place_S = tl.max(size_nS, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(energy + row, row_sum(y_K * y_K, K, STAGES))
     tl.store(kept + row, row_sum(size_S.to(tl.float32, bitcast=True), n, STAGES - BITS + 1))
-    y_S = tl.gather(y_K, place_S * n + tl.arange(0, n), 0)
+    y_S = tl.gather(turned_K, place_S * n + tl.arange(0, n), 0)
     return place_S + tl.where(y_S < 0, 1 << (BITS - 1), 0)
 
 
@@ -168,13 +176,14 @@ def trits_of_codes(packed, K: tl.constexpr, BITS: tl.constexpr):
     """`sparse.unpack_codes` of a row."""
     n: tl.constexpr = K >> (BITS - 1)
     element = tl.arange(0, K)
-    bit = element % n * BITS
+    run = element // n
+    bit = (element - turn(run, n) & n - 1) * BITS
     low = tl.load(packed + bit // 8).to(tl.int32)
     # a code that ends with a byte needs no other, which might lie beyond the packet
     high = tl.load(packed + bit // 8 + 1, mask=bit % 8 + BITS > 8, other=0).to(tl.int32)
     code = (low | high << 8) >> bit % 8
     sign = (1 - (code >> (BITS - 1) & 1) * 2).to(tl.float32)
-    return tl.where((code & ((1 << (BITS - 1)) - 1)) == element // n, sign, 0.0)
+    return tl.where((code & ((1 << (BITS - 1)) - 1)) == run, sign, 0.0)
 
 
 @triton.jit
