@@ -265,20 +265,20 @@ class DeMo(_Rival):
 
 
 class RotatedSign(_Rival):
-    """One bit after a random rotation in blocks of 1024, at the unbiased scale. Source: DRIVE, Vargaftik et al. 2021,
-    arXiv:2105.08339."""
+    """One bit after a random rotation in blocks of 1024, each rank's own, at the unbiased scale. Source: DRIVE,
+    Vargaftik et al. 2021, arXiv:2105.08339."""
 
     block = 1024
 
     def average_matrix(self, name: str, g_WRC: Tensor) -> Tensor:
         w, size = len(g_WRC), g_WRC[0].numel()
         padded = torch.nn.functional.pad(g_WRC.flatten(1), (0, -size % self.block)).view(w, -1, self.block)
-        signs = torch.randint(0, 2, padded.shape[1:], generator=self._random) * 2.0 - 1
         total = torch.zeros_like(padded[0])
         for rank_TK in padded:
+            signs = torch.randint(0, 2, rank_TK.shape, generator=self._random) * 2.0 - 1
             y_TK = rotate(rank_TK * signs)
             norm_T1 = y_TK.abs().sum(1, keepdim=True)
             scale = torch.where(norm_T1 > 0, y_TK.square().sum(1, keepdim=True) / norm_T1, 0.0)
-            total += y_TK.sign() * scale
+            total += rotate(y_TK.sign() * scale) * signs
         self.gathered(padded[0].numel() / 8 + 2 * len(total), w)
-        return (rotate(total / w) * signs).flatten()[:size].view_as(g_WRC[0])
+        return (total / w).flatten()[:size].view_as(g_WRC[0])

@@ -92,6 +92,13 @@ def test_a_rivals_mean_is_right_over_many_steps_and_its_bytes_are_counted(kind: 
     assert rival.received_bytes / steps == pytest.approx(64 * 48 * bits / 8 * each_way + 4 * 48 * 1.5, rel=0.01)
 
 
+def test_what_each_rank_rounds_is_its_own_with_drive() -> None:
+    one_N = constant(MATRIX)[0]
+    mean_N = rivals.RotatedSign(MATRIX).average(one_N.repeat(16, 1))
+    error = ((mean_N - one_N).square().sum() / one_N.square().sum()).item()
+    assert error == pytest.approx((math.pi / 2 - 1) / 16, rel=0.2)
+
+
 def test_powersgd_sends_a_matrix_of_its_rank_exactly_and_forgets_nothing() -> None:
     left, right = torch.randn(64, 4), torch.randn(4, 48)
     low = torch.cat([(left @ right).flatten(), torch.randn(48)]).expand(3, -1)
