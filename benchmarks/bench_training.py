@@ -7,10 +7,12 @@
 
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
-its best is at an end, then other momenta at the best; the other seeds run at the best of both at which all train.
+its best is at an end, then other momenta at the best; the other seeds run at the best of both at which all train. With
+SGD ours are also run at the largest learning rate at which plain DDP trains, its best or one beyond.
 Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -94,6 +96,8 @@ class Suite:
     """Learning rates are searched at the first; each other is tried if the one before it was the best yet."""
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
+    bounded: bool = False
+    """Whether ours are also run at the largest learning rate at which plain DDP trains."""
 
     def among(self, runs: list[Record]) -> list[Record]:
         """Those of its runs that are among these."""
@@ -128,8 +132,12 @@ SUITES = {
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
     ),
     "adamw-char-short": Suite(task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5),
-    "sgd-char": Suite(task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354, methods=_FOR_SGD),
-    "sgd-digits": Suite(task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, methods=_FOR_SGD),
+    "sgd-char": Suite(
+        task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354, methods=_FOR_SGD, bounded=True
+    ),
+    "sgd-digits": Suite(
+        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, methods=_FOR_SGD, bounded=True
+    ),
     "adamw-digits": Suite(task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3),
     "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5),
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=100, base_lr=4e-3 / 2**1.5, methods=_FEWER),
@@ -325,21 +333,25 @@ def start_lr(suite: Suite, method: str) -> float:
     return suite.base_lr * {"demo": 0.25, "onebit-adam": 0.25, "local": 0.5, "diloco": 0.5, "alone": 0.5}.get(name, 1.0)
 
 
+def first_trial(suite: Suite, method: str, lr: float) -> Trial:
+    return Trial(
+        task=suite.task,
+        optimizer=suite.optimizer,
+        method=method,
+        lr=lr,
+        momentum=suite.momenta[0],
+        steps=suite.steps,
+        world_size=suite.world_size,
+    )
+
+
 def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     """What can be run now, one search after the other: learning rates at the first momentum with the first seed, and
     more of them while the best is at an end; at the best one the other momenta, one after the other while that helps;
     at the best of all the other seeds."""
     mine = find(suite.among(runs), method=method)
     start = start_lr(suite, method)
-    trial = Trial(
-        task=suite.task,
-        optimizer=suite.optimizer,
-        method=method,
-        lr=start,
-        momentum=suite.momenta[0],
-        steps=suite.steps,
-        world_size=suite.world_size,
-    )
+    trial = first_trial(suite, method, start)
 
     def value(tried: Record) -> float:
         return score(tried) if trains(find(mine, lr=tried["lr"], momentum=tried["momentum"])) else math.inf
@@ -366,8 +378,42 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in seeds)
 
 
+def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float, list[Trial]]:
+    """The largest learning rate, from its best on, at which all seeds of plain DDP train; and what can be run to find a
+    larger one."""
+    dense = find(suite.among(runs), method="dense", momentum=suite.momenta[0])
+    rates = {round(2 * math.log2(r["lr"] / suite.base_lr)): r["lr"] for r in dense}
+    largest = best_runs(suite, "dense", runs)[0]["lr"]
+    for k in itertools.count(round(2 * math.log2(largest / suite.base_lr))):
+        lr = rates.get(k, suite.base_lr * 2 ** (k / 2))
+        if missing := missing_seeds(suite, "dense", lr, runs):
+            return largest, missing
+        if not trains(find(dense, lr=lr)):
+            break
+        largest = lr
+    return largest, []
+
+
+def missing_seeds(suite: Suite, method: str, lr: float, runs: list[Record]) -> list[Trial]:
+    trial = first_trial(suite, method, lr)
+    found = {r["seed"] for r in find(suite.among(runs), method=method, lr=lr, momentum=trial.momentum)}
+    return [replace(trial, seed=seed) for seed in SEEDS if seed not in found]
+
+
+def beyond(suite: Suite, runs: list[Record]) -> list[Trial]:
+    """What can be run beyond the searches: plain DDP at ever larger learning rates, then ours at the largest."""
+    if any(waiting(suite, "dense", runs)):
+        return []
+    largest, missing = largest_rate(suite, runs)
+    if missing:
+        return missing if "dense" in suite.methods else []
+    ours = [method for method in suite.methods if method.startswith(OURS)]
+    return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)]
+
+
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
-    return [trial for suite in suites for method in suite.methods for trial in waiting(suite, method, runs)]
+    trials = [trial for suite in suites for method in suite.methods for trial in waiting(suite, method, runs)]
+    return trials + [trial for suite in suites if suite.bounded for trial in beyond(suite, runs)]
 
 
 # Reporting
@@ -482,7 +528,21 @@ def report(results: Results) -> str:
                 f"| {shown} | {_times(runs, 'sent')} | {_times(runs, 'received')} | {runs[0]['lr']:.4g} | "
                 f"{runs[0]['momentum']:g} | {mean:.3f} ({each}) | {against(mean, dense)} |"
             )
+        if suite.bounded:
+            lines += ["", at_the_largest_rate(suite, results["runs"])]
     return "\n".join(lines) + "\n"
+
+
+def at_the_largest_rate(suite: Suite, runs: list[Record]) -> str:
+    """Plain DDP and ours where it only just trains."""
+    largest, _ = largest_rate(suite, runs)
+    found = {m: find(suite.among(runs), method=m, lr=largest) for m in suite.methods if m.startswith(("dense", *OURS))}
+    each = [
+        f"{method} {', '.join('diverged' if r['heldout_loss'] is None else f'{score(r):.3f}' for r in at)}"
+        for method, at in found.items()
+        if at
+    ]
+    return f"At {largest:.4g}, the largest learning rate at which plain DDP trains with all seeds: {'; '.join(each)}."
 
 
 def compression(runs: list[Record], way: Literal["sent", "received"] = "sent") -> float | None:

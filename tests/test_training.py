@@ -238,6 +238,27 @@ def test_a_method_that_always_diverges_is_given_up() -> None:
     assert not list(waiting(suite, "dense", runs))
 
 
+def test_ours_are_run_at_the_largest_learning_rate_at_which_plain_ddp_trains() -> None:
+    suite = Suite(
+        task="digits", optimizer="sgd", steps=10, base_lr=0.1, methods=("dense", "bundle 1", "drive"), bounded=True
+    )
+    runs: list[Record] = []
+    while planned := bench_training.plan([suite], runs):
+        failed = [t.method == "dense" and t.lr > 0.45 and t.seed == 1 for t in planned]
+        runs += [
+            {**vars(t), "heldout_loss": None if f else 1 + abs(math.log2(t.lr / 0.1)) / 100}
+            for t, f in zip(planned, failed, strict=True)
+        ]
+    assert bench_training.largest_rate(suite, runs) == (pytest.approx(0.4), [])
+    largest = [r for r in runs if r["lr"] == pytest.approx(0.4)]
+    assert [r["method"] for r in largest] == ["dense"] * len(SEEDS) + ["bundle 1"] * len(SEEDS)
+    assert {r["method"] for r in runs if r["lr"] > 0.45} == {"dense"}
+    assert bench_training.at_the_largest_rate(suite, runs) == (
+        "At 0.4, the largest learning rate at which plain DDP trains with all seeds: "
+        "dense 1.020, 1.020, 1.020; bundle 1 1.020, 1.020, 1.020."
+    )
+
+
 def test_the_lower_envelope_has_those_that_nothing_beats_at_as_few_bytes() -> None:
     suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
     points = {

@@ -282,7 +282,7 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 
 
 @compiled
-def _where(code: int, run: int, n: int) -> int:
+def _where(code: Any, run: Any, n: int) -> Any:
     """`sparse.diagonals`: the element of a code, of n, in a run."""
     return run * n + ((code + run + run // n) & (n - 1))
 
