@@ -12,7 +12,6 @@ SGD ours are also run at the largest learning rate at which plain DDP trains, it
 Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
-import itertools
 import math
 import statistics
 import time
@@ -218,7 +217,8 @@ def period(method: str) -> int | None:
 
 
 def run(trial: Trial) -> Record:
-    """Train. The loss is None if one was not finite, or the last tenth end above the first: a spike may pass."""
+    """Train. The loss is None if one was not finite, or the mean of the last tenth above the first: after a spike a run
+    may go on."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     losses, averager, models = (train_apart if period(trial.method) is not None else train_together)(trial)
@@ -378,19 +378,19 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in seeds)
 
 
-def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float, list[Trial]]:
-    """The largest learning rate, from its best on, at which all seeds of plain DDP train; and what can be run to find a
-    larger one."""
+def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float | None, list[Trial]]:
+    """The largest learning rate at which all seeds of plain DDP train; and what can be run to find a larger one, up to
+    one at which a seed diverges."""
     dense = find(suite.among(runs), method="dense", momentum=suite.momenta[0])
     rates = {round(2 * math.log2(r["lr"] / suite.base_lr)): r["lr"] for r in dense}
-    largest = best_runs(suite, "dense", runs)[0]["lr"]
-    for k in itertools.count(round(2 * math.log2(largest / suite.base_lr))):
+    known = [lr for lr in rates.values() if not missing_seeds(suite, "dense", lr, runs)]
+    largest = max((lr for lr in known if trains(find(dense, lr=lr))), default=None)
+    for k in range(min(rates, default=0), 9):
         lr = rates.get(k, suite.base_lr * 2 ** (k / 2))
-        if missing := missing_seeds(suite, "dense", lr, runs):
-            return largest, missing
-        if not trains(find(dense, lr=lr)):
+        if math.inf in map(score, find(dense, lr=lr)):
             break
-        largest = lr
+        if largest is not None and lr > largest and (missing := missing_seeds(suite, "dense", lr, runs)):
+            return largest, missing
     return largest, []
 
 
@@ -408,12 +408,13 @@ def beyond(suite: Suite, runs: list[Record]) -> list[Trial]:
     if missing:
         return missing if "dense" in suite.methods else []
     ours = [method for method in suite.methods if method.startswith(OURS)]
-    return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)]
+    return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)] if largest else []
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
     trials = [trial for suite in suites for method in suite.methods for trial in waiting(suite, method, runs)]
-    return trials + [trial for suite in suites if suite.bounded for trial in beyond(suite, runs)]
+    trials += [trial for suite in suites if suite.bounded for trial in beyond(suite, runs)]
+    return list(dict.fromkeys(trials))
 
 
 # Reporting
@@ -529,20 +530,25 @@ def report(results: Results) -> str:
                 f"{runs[0]['momentum']:g} | {mean:.3f} ({each}) | {against(mean, dense)} |"
             )
         if suite.bounded:
-            lines += ["", at_the_largest_rate(suite, results["runs"])]
+            lines += at_the_largest_rate(suite, results["runs"])
     return "\n".join(lines) + "\n"
 
 
-def at_the_largest_rate(suite: Suite, runs: list[Record]) -> str:
-    """Plain DDP and ours where it only just trains."""
-    largest, _ = largest_rate(suite, runs)
-    found = {m: find(suite.among(runs), method=m, lr=largest) for m in suite.methods if m.startswith(("dense", *OURS))}
+def at_the_largest_rate(suite: Suite, runs: list[Record]) -> list[str]:
+    """A paragraph on plain DDP and ours where plain DDP only just trains, if that is known."""
+    largest, missing = largest_rate(suite, runs)
+    if largest is None or missing:
+        return []
+    found = {m: find(suite.among(runs), method=m, lr=largest) for m in METHODS if m.startswith(("dense", *OURS))}
     each = [
         f"{method} {', '.join('diverged' if r['heldout_loss'] is None else f'{score(r):.3f}' for r in at)}"
         for method, at in found.items()
-        if at
+        if len(at) >= len(SEEDS)
     ]
-    return f"At {largest:.4g}, the largest learning rate at which plain DDP trains with all seeds: {'; '.join(each)}."
+    return [
+        "",
+        f"At {largest:.4g}, the largest learning rate at which plain DDP trains with all seeds: {'; '.join(each)}.",
+    ]
 
 
 def compression(runs: list[Record], way: Literal["sent", "received"] = "sent") -> float | None:

@@ -61,11 +61,13 @@ def test_no_other_method_is_on_the_lower_envelope_of_loss_against_bytes(suite: s
 def test_none_of_ours_diverges_at_a_learning_rate_at_which_plain_ddp_trains(name: str) -> None:
     suite, runs = bench_training.SUITES[name], stored(bench_training)["runs"]
     largest, missing = bench_training.largest_rate(suite, runs)
+    assert largest is not None
     assert not missing
     assert largest > bench_training.best_runs(suite, "dense", runs)[0]["lr"]
-    ours = [r for r in suite.among(runs) if r["method"].startswith(bench_training.OURS) and r["lr"] <= largest]
-    assert {r["seed"] for r in ours if r["lr"] == largest} == set(bench_training.SEEDS)
-    assert [r for r in ours if r["heldout_loss"] is None] == []
+    ours = [r for r in suite.among(runs) if r["method"].startswith(bench_training.OURS)]
+    for method in {r["method"] for r in ours}:
+        assert not bench_training.missing_seeds(suite, method, largest, runs), method
+    assert [r for r in ours if r["heldout_loss"] is None and r["lr"] <= 1.01 * largest] == []
 
 
 def test_the_cost_models_constants_are_those_that_were_fitted() -> None:

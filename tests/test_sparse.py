@@ -61,10 +61,10 @@ def test_a_code_has_an_element_of_every_run_and_a_row_every_element_once() -> No
         assert torch.equal(where_nS // (1024 // sparsity), torch.arange(sparsity)[:, None].expand_as(where_nS))
 
 
-@pytest.mark.parametrize("sparsity", [2, 8, 64])
-@pytest.mark.parametrize("num_cols", [64, 128, 256])
+@pytest.mark.parametrize("sparsity", [2, 8, 64, 128])
+@pytest.mark.parametrize("num_cols", [128, 256, 512])
 def test_a_row_that_prevails_costs_no_more_than_others(sparsity: int, num_cols: int) -> None:
-    """Of a matrix whose rows are parts of a rotation block: the rotated block repeats itself then, up to signs."""
+    """Of a matrix of less than 1024 columns: the rotated block repeats itself then, up to signs."""
     generator = torch.Generator().manual_seed(3)
     x_TK = torch.randn(400, 1024, generator=generator)
     x_TK[:, num_cols:] = 0
@@ -72,7 +72,7 @@ def test_a_row_that_prevails_costs_no_more_than_others(sparsity: int, num_cols: 
     codes_TS, energy_T, kept_T = quantize_sparsely(y_TK, sparsity)
     estimate_TK = dequantize(unpack_codes(pack_codes(codes_TS, sparsity), sparsity), level(energy_T, kept_T))
     error = ((estimate_TK - y_TK).square().sum() / y_TK.square().sum()).item()
-    assert error == pytest.approx(NMSES[sparsity], rel=0.05)
+    assert error == pytest.approx(NMSES[sparsity], rel=0.07)
 
 
 def test_of_equal_sizes_the_first_is_kept() -> None:

@@ -253,10 +253,12 @@ def test_ours_are_run_at_the_largest_learning_rate_at_which_plain_ddp_trains() -
     largest = [r for r in runs if r["lr"] == pytest.approx(0.4)]
     assert [r["method"] for r in largest] == ["dense"] * len(SEEDS) + ["bundle 1"] * len(SEEDS)
     assert {r["method"] for r in runs if r["lr"] > 0.45} == {"dense"}
-    assert bench_training.at_the_largest_rate(suite, runs) == (
+    assert bench_training.at_the_largest_rate(suite, runs) == [
+        "",
         "At 0.4, the largest learning rate at which plain DDP trains with all seeds: "
-        "dense 1.020, 1.020, 1.020; bundle 1 1.020, 1.020, 1.020."
-    )
+        "dense 1.020, 1.020, 1.020; bundle 1 1.020, 1.020, 1.020.",
+    ]
+    assert bench_training.at_the_largest_rate(suite, []) == []
 
 
 def test_the_lower_envelope_has_those_that_nothing_beats_at_as_few_bytes() -> None:
@@ -328,3 +330,6 @@ def test_a_run_that_diverges_says_so() -> None:
     diverged = run(Trial(task="digits", optimizer="sgd", method="dense", lr=1e6, momentum=0.9, steps=30))
     assert diverged["heldout_loss"] is None
     assert len(diverged["losses"]) == 1
+    stuck = run(Trial(task="digits", optimizer="sgd", method="dense", lr=3.0, momentum=0.9, steps=30))
+    assert stuck["heldout_loss"] is None
+    assert math.isfinite(sum(stuck["losses"]))

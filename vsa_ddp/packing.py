@@ -12,7 +12,8 @@ packet of another bucket, and a damaged one.
 | trits  | T * P           | each rotation block begins a byte: five trits to a byte, base 3, P = ceil(K / 5); |
 |        |                 | or with a sparsity of n > 1 block codes, `sparse.pack_codes`, P = K b / 8n        |
 
-A block code has b = 1 + log2 n bits, place + n * (1 if negative), the first of eight in the lowest bits.
+A block code has b = 1 + log2 n bits, place + n * (1 if negative), the first of eight in the lowest bits; which elements
+it is of, `sparse.diagonals` says.
 
 Shape letters: T rotation blocks of K trits in P bytes or L lanes, E exact elements, S scales.
 """

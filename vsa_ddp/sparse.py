@@ -5,16 +5,14 @@ noise of bundling: sums of slots throw away what a maximum finds.
 
 A maximum finds little among equal sizes. Rotation blocks are some rows of a matrix, and if one of them prevails, as the
 rows of frequent tokens do, what a power of two of elements apart lies in the rotated block has one size. So codes are
-diagonals: of n runs of S elements code s has the s-th of the first, the s+1st of the second, and so on, one more after
-every S runs. One pass over the row finds the largest of all codes side by side.
+diagonals: of n runs of S elements code s has the s-th of the first, the s+1st of the second, and so on, one place more
+after every S runs and after every S**2. One pass over the row finds the largest of all codes side by side.
 
 Sources: Laiho et al. 2015, "High-dimensional computing with sparse vectors" (sparse block codes); Andoni et al. 2015,
 arXiv:1509.02897 (the rotated cross-polytope as a quantiser); the level is `ternary.level`.
 
 Shape letters: T rotation blocks of K elements, n elements of a block code, S = K / n block codes in P bytes.
 """
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,11 +29,15 @@ def row_bytes(block: int, sparsity: int) -> int:
     return block // (sparsity * GROUP) * code_bits(sparsity)
 
 
-@cache
 def diagonals(block: int, sparsity: int, device: torch.device) -> Tensor:
     """Where in a row the elements of codes lie. Shapes: -> (n, S) int64, each of 0..K - 1 once."""
-    run, num = torch.arange(sparsity, device=device)[:, None], block // sparsity
-    return run * num + (torch.arange(num, device=device) + run + run // num) % num
+    run_n1, num = torch.arange(sparsity, device=device)[:, None], block // sparsity
+    return run_n1 * num + (torch.arange(num, device=device) + _turn(run_n1, num)) % num
+
+
+def _turn(run: Tensor, num: int) -> Tensor:
+    """How many places on a run's first code lies."""
+    return run + run // num + run // num**2
 
 
 def quantize_sparsely(y_TK: Tensor, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +46,8 @@ def quantize_sparsely(y_TK: Tensor, sparsity: int) -> tuple[Tensor, Tensor, Tens
     Returns the block codes, place + n * (1 if it is negative), and what `ternary.level` wants: each row's energy and
     the sum of the sizes kept. Shapes: (T, K) float32 -> (T, S) uint8, (T,) float32, (T,) float32. K a power of two.
     """
-    y_TnS = y_TK[:, diagonals(y_TK.shape[1], sparsity, y_TK.device)]
+    where_nS = diagonals(y_TK.shape[1], sparsity, y_TK.device)
+    y_TnS = y_TK.index_select(1, where_nS.flatten()).view(-1, *where_nS.shape)
     # sizes as integers, which order as their bits do, each with its place behind it: no two are equal
     place_n1 = torch.arange(sparsity, device=y_TK.device)[:, None]
     size = y_TnS.view(torch.int32) & 0x7FFFFFFF
@@ -70,8 +73,9 @@ def unpack_codes(packed_TP: Tensor, sparsity: int) -> Tensor:
     bits, device = code_bits(sparsity), packed_TP.device
     groups = packed_TP.reshape(len(packed_TP), packed_TP.shape[1] // bits, bits)
     words = torch.nn.functional.pad(groups, (0, 8 - bits)).view(torch.int64)
-    codes_T1S = (words >> torch.arange(GROUP, device=device) * bits & 2 * sparsity - 1).flatten(1)[:, None]
-    sign_T1S = 1 - 2 * (codes_T1S >= sparsity).float()
-    here_TnS = codes_T1S % sparsity == torch.arange(sparsity, device=device)[:, None]
-    trits_TK = (here_TnS * sign_T1S).flatten(1)
-    return torch.empty_like(trits_TK).index_copy_(1, diagonals(trits_TK.shape[1], sparsity, device).flatten(), trits_TK)
+    codes_TS = (words >> torch.arange(GROUP, device=device) * bits & 2 * sparsity - 1).flatten(1).to(torch.uint8)
+    num = codes_TS.shape[1]
+    element_K = torch.arange(num * sparsity, device=device)
+    run_K = element_K // num
+    codes_TK = codes_TS.index_select(1, (element_K - _turn(run_K, num)) % num)
+    return (codes_TK % sparsity == run_K) * (1 - 2 * (codes_TK >= sparsity).float())

@@ -130,6 +130,15 @@ def _butterflies(x: Array, out: Array) -> None:
 
 
 @compiled
+def _stages(block: int) -> int:
+    """The logarithm of a power of two."""
+    stages = 0
+    while 1 << stages < block:
+        stages += 1
+    return stages
+
+
+@compiled
 def _rotate(y_K: Array, spare_K: Array) -> None:
     """`hypervector.rotate` of one row, in place."""
     block = len(y_K)
@@ -137,9 +146,7 @@ def _rotate(y_K: Array, spare_K: Array) -> None:
     peak: Any = np.int32(0)
     for i in range(block):
         peak = max(peak, bits[i] & np.int32(0x7FFFFFFF))
-    stages = 0
-    while 1 << stages < block:
-        stages += 1
+    stages = _stages(block)
     shift = min(24 - stages - ((peak >> 23) - 126), 116)
     scale, unit = _F32(math.ldexp(1.0, shift)), _F32(math.ldexp(1.0, -shift)) * _F32(block**-0.5)
     for i in range(block):
@@ -282,15 +289,16 @@ def _ternarise(y_K: Array, sigma: Any, digits: Array, spare_K: Array) -> tuple[A
 
 
 @compiled
-def _where(code: Any, run: Any, n: int) -> Any:
-    """`sparse.diagonals`: the element of a code, of n, in a run."""
-    return run * n + ((code + run + run // n) & (n - 1))
+def _where(code: Any, run: Any, stages: int) -> Any:
+    """`sparse.diagonals`: the element of a code, of 2**stages, in a run."""
+    turn = run + (run >> stages) + (run >> 2 * stages)
+    return run << stages | ((code + turn) & ((1 << stages) - 1))
 
 
 @compiled
 def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Array) -> tuple[Any, Any]:
     """`sparse.quantize_sparsely` of a row: block codes, the energy and what was kept of it."""
-    block, n = len(y_K), len(codes)
+    block, n, stages = len(y_K), len(codes), _stages(len(codes))
     for i in range(block):
         spare_K[i] = y_K[i] * y_K[i]
     energy, bits = _sum(spare_K), y_K.view(np.int32)
@@ -301,14 +309,14 @@ def _largest(y_K: Array, sparsity: int, codes: Array, spare_K: Array, sizes: Arr
         # a run twice has all its turns in one piece
         _copy(bits[run * n : run * n + n], twice[:n])
         _copy(twice[:n], twice[n:])
-        first = _where(0, run, n) - run * n
+        first = _where(0, run, stages) - run * n
         part = twice[first : first + n]
         for s in range(n):
             size = part[s] & np.int32(0x7FFFFFFF)
             codes[s] = np.int32(run) if size > sizes[s] else codes[s]
             sizes[s] = max(size, sizes[s])
     for s in range(n):
-        y = y_K[_where(s, codes[s], n)]
+        y = y_K[_where(s, codes[s], stages)]
         spare_K[s] = abs(y)
         codes[s] += np.int32(sparsity) if y < 0 else np.int32(0)
     return energy, _sum(spare_K[:n])
@@ -320,14 +328,14 @@ def _add_codes(row: Array, num_bits: int, n: int, level: Any, y_K: Array) -> Non
     finite."""
     if not np.isfinite(level):
         y_K[:] = np.nan
-    sparsity = 1 << (num_bits - 1)
+    sparsity, stages = 1 << (num_bits - 1), _stages(n)
     for first in range(0, n, 8):
         word, at = _U64(0), first // 8 * num_bits
         for i in range(num_bits):
             word |= _U64(row[at + i]) << _U64(8 * i)
         for s in range(first, first + 8):
             code = np.int64(word >> _U64((s - first) * num_bits)) & (2 * sparsity - 1)
-            y_K[_where(s, code & (sparsity - 1), n)] += level if code < sparsity else -level
+            y_K[_where(s, code & (sparsity - 1), stages)] += level if code < sparsity else -level
 
 
 @compiled
@@ -443,9 +451,7 @@ def _quantize(
 def _quantize_sparsely(
     first: int, last: int, source: Any, block: int, sparsity: int, packed: Array, energy: Array, kept: Array
 ) -> None:
-    n, num_bits, y_K, spare = block // sparsity, 1, np.empty(block, _F32), _spare(block)
-    while 1 << num_bits <= sparsity:
-        num_bits += 1
+    n, num_bits, y_K, spare = block // sparsity, _stages(sparsity) + 1, np.empty(block, _F32), _spare(block)
     codes, sizes = np.empty(n, np.int32), np.empty(n, np.int32)
     for t in range(first, last):
         _row(t, source, y_K, spare)

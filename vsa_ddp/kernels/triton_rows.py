@@ -141,7 +141,7 @@ def row_of(rows, gradient, step, seed, t, K: tl.constexpr, STAGES: tl.constexpr,
 @triton.jit
 def turn(run, n: tl.constexpr):
     """By how much a run of n elements is turned; see `sparse.diagonals`."""
-    return run + run // n
+    return run + run // n + run // (n * n)
 
 
 @triton.jit

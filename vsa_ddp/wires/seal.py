@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 _HEADER_BYTES = 16
 _COLUMNS = 61  # a prime: parts of a message that change places are no multiple of it apart
 
