@@ -8,7 +8,7 @@
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
 its best is at an end, then other momenta at the best; the other seeds run at the best of both at which all train. With
-SGD ours are also run at the largest learning rate at which plain DDP trains, its best or one beyond.
+SGD ours are also run at the largest learning rate at which plain DDP does not diverge.
 Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
@@ -96,7 +96,7 @@ class Suite:
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
     bounded: bool = False
-    """Whether ours are also run at the largest learning rate at which plain DDP trains."""
+    """Whether ours are also run at the largest learning rate at which plain DDP does not diverge."""
 
     def among(self, runs: list[Record]) -> list[Record]:
         """Those of its runs that are among these."""
@@ -378,19 +378,19 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
     yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in seeds)
 
 
-def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float | None, list[Trial]]:
-    """The largest learning rate at which all seeds of plain DDP train; and what can be run to find a larger one, up to
-    one at which a seed diverges."""
+def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float, list[Trial]]:
+    """The largest learning rate, from its best on, at which no seed of plain DDP diverges; and what can be run to find a
+    larger one."""
     dense = find(suite.among(runs), method="dense", momentum=suite.momenta[0])
     rates = {round(2 * math.log2(r["lr"] / suite.base_lr)): r["lr"] for r in dense}
-    known = [lr for lr in rates.values() if not missing_seeds(suite, "dense", lr, runs)]
-    largest = max((lr for lr in known if trains(find(dense, lr=lr))), default=None)
-    for k in range(min(rates, default=0), 9):
+    largest = best_runs(suite, "dense", runs)[0]["lr"]
+    for k in range(round(2 * math.log2(largest / suite.base_lr)), 9):
         lr = rates.get(k, suite.base_lr * 2 ** (k / 2))
         if math.inf in map(score, find(dense, lr=lr)):
             break
-        if largest is not None and lr > largest and (missing := missing_seeds(suite, "dense", lr, runs)):
+        if missing := missing_seeds(suite, "dense", lr, runs):
             return largest, missing
+        largest = lr
     return largest, []
 
 
@@ -408,7 +408,7 @@ def beyond(suite: Suite, runs: list[Record]) -> list[Trial]:
     if missing:
         return missing if "dense" in suite.methods else []
     ours = [method for method in suite.methods if method.startswith(OURS)]
-    return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)] if largest else []
+    return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)]
 
 
 def plan(suites: list[Suite], runs: list[Record]) -> list[Trial]:
@@ -535,9 +535,11 @@ def report(results: Results) -> str:
 
 
 def at_the_largest_rate(suite: Suite, runs: list[Record]) -> list[str]:
-    """A paragraph on plain DDP and ours where plain DDP only just trains, if that is known."""
+    """A paragraph on plain DDP and ours where plain DDP only just does not diverge, if that is known."""
+    if not best_runs(suite, "dense", runs):
+        return []
     largest, missing = largest_rate(suite, runs)
-    if largest is None or missing:
+    if missing:
         return []
     found = {m: find(suite.among(runs), method=m, lr=largest) for m in METHODS if m.startswith(("dense", *OURS))}
     each = [
@@ -547,7 +549,7 @@ def at_the_largest_rate(suite: Suite, runs: list[Record]) -> list[str]:
     ]
     return [
         "",
-        f"At {largest:.4g}, the largest learning rate at which plain DDP trains with all seeds: {'; '.join(each)}.",
+        f"At {largest:.4g}, the largest learning rate at which no seed of plain DDP diverges: {'; '.join(each)}.",
     ]
 
 
