@@ -379,8 +379,8 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
 
 
 def largest_rate(suite: Suite, runs: list[Record]) -> tuple[float, list[Trial]]:
-    """The largest learning rate, from its best on, at which no seed of plain DDP diverges; and what can be run to find a
-    larger one."""
+    """The largest learning rate, from its best on, at which no seed of plain DDP diverges; and what can be run to find
+    a larger one."""
     dense = find(suite.among(runs), method="dense", momentum=suite.momenta[0])
     rates = {round(2 * math.log2(r["lr"] / suite.base_lr)): r["lr"] for r in dense}
     largest = best_runs(suite, "dense", runs)[0]["lr"]
