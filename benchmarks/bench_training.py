@@ -150,6 +150,8 @@ SUITES = {
         task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05 * 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
 }
+OLDER = SUITES.keys() - {"sgd-char", "sgd-digits"}
+"""Suites that ran before block codes were diagonals, and before each of DRIVE's ranks had a rotation of its own."""
 README_SUITES = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
 README_METHODS = (
     "dense",
@@ -513,6 +515,8 @@ def report(results: Results) -> str:
         if not any(found.values()):
             continue
         lines += ["", f"## {name}: {suite.task}, {suite.optimizer}, {suite.steps} steps, {suite.world_size} ranks", ""]
+        if name in OLDER:
+            lines += ["Block codes (n > 1) were no diagonals yet, and DRIVE had one rotation for all ranks.", ""]
         lines += [
             "| method | handed over | received | learning rate | momentum | held-out loss (seeds) | against dense |"
         ]
