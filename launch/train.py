@@ -44,7 +44,7 @@ OptimizerName = Literal["adamw", "sgd"]
 LEARNING_RATES: dict[tuple[str, str], float] = {
     ("adamw", "dense"): 4e-3,
     ("adamw", "powersgd"): 4e-3,
-    ("adamw", "vsa-local"): 5.6e-3,
+    ("adamw", "vsa-local"): 4e-3,
     ("sgd", "dense"): 0.05,
     ("sgd", "powersgd"): 0.025,
     ("sgd", "vsa"): 0.1,
