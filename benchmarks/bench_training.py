@@ -571,22 +571,25 @@ def _times(runs: list[Record], way: Literal["sent", "received"]) -> str:
 
 def plot(results: Results, beside: Path) -> None:
     """A picture for each suite, its name behind that of the results file: held-out loss against compression, and
-    training loss against steps, over seeds."""
+    training loss against steps of the README's methods and of the lower envelope, over seeds."""
     for name, suite in SUITES.items():
         found = {method: best_runs(suite, method, results["runs"]) for method in METHODS}
         found = {method: runs for method, runs in found.items() if runs and math.isfinite(max(map(score, runs)))}
         if "dense" not in found:
             continue
         figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
-        _plot_bytes(by_bytes, found, envelope(suite, results))
-        _plot_steps(by_steps, {m: runs for m, runs in found.items() if len(runs) >= len(SEEDS)})
+        best = envelope(suite, results)
+        _plot_bytes(by_bytes, found, best)
+        shown = {m: runs for m, runs in found.items() if m in README_METHODS or m in best}
+        _plot_steps(by_steps, {m: runs for m, runs in shown.items() if len(runs) >= len(SEEDS)})
         figure.suptitle(f"{name}: {suite.task}, {suite.steps} steps, {suite.world_size} ranks")
         figure.savefig(beside.with_name(f"{beside.stem}_{name}.png"), dpi=90)
         plt.close(figure)
 
 
 def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]], best: set[str]) -> None:
-    """A point for each method: mean, least and most of its seeds, ours in colour; and a line through the best."""
+    """A point for each method: mean, least and most of its seeds, ours in colour, named if none is better; and a line
+    through the best."""
     edge: list[tuple[float, float]] = []
     for method, runs in found.items():
         losses = [score(r) for r in runs]
@@ -600,7 +603,8 @@ def _plot_bytes(panel: plt.Axes, found: dict[str, list[Record]], best: set[str])
         colour = "tab:blue" if ours else "dimgray"
         spread = [[mean - min(losses)], [max(losses) - mean]]
         panel.errorbar([at], [mean], spread, marker="o", color=colour, markersize=6 if ours else 4)
-        panel.annotate(method, (at, mean), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+        if method in best or not ours:
+            panel.annotate(method, (at, mean), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
         if method in best:
             edge.append((at, mean))
     panel.plot(*zip(*sorted(edge), strict=True), color="tab:blue", linewidth=1, alpha=0.5)
