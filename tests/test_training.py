@@ -255,7 +255,7 @@ def test_ours_are_run_at_the_largest_learning_rate_at_which_plain_ddp_does_not_d
     assert {r["method"] for r in runs if r["lr"] > 0.45} == {"dense"}
     assert bench_training.at_the_largest_rate(suite, runs) == [
         "",
-        "At 0.4, the largest rate at which no seed of plain DDP diverges: "
+        "At 0.4, the largest learning rate at which no seed of plain DDP diverges: "
         "dense 1.020, 1.020, 1.020; bundle 1 1.020, 1.020, 1.020.",
     ]
     assert bench_training.at_the_largest_rate(suite, []) == []
