@@ -15,10 +15,12 @@ from benchmarks import bench_training, rivals
 from benchmarks.bench_training import SEEDS, Suite, Trial, run, waiting
 from benchmarks.lockstep import LockstepHook, Shapes, shapes_of
 from benchmarks.store import Record
+from benchmarks.tasks import TASKS
 from tests.models import gradients, loss_of, net
 from tests.ranks import run_ranks
 from vsa_ddp import VsaConfig
 from vsa_ddp.cost import LEVEL_BITS
+from vsa_ddp.layout import is_compressed
 from vsa_ddp.rates import bits_per_trit, num_roundings, unbiased_nmse
 from vsa_ddp.wires import WIRES
 
@@ -188,6 +190,27 @@ def test_what_arrives_has_the_noise_and_the_bytes_that_the_settings_mean(wire: A
         bits = 8 * (hook.sent_bytes - before) / 5 / gradient_1N.numel()
         assert bits == pytest.approx((bits_per_trit(config.sparsity) + LEVEL_BITS) / config.bundle, rel=0.01)
         assert 32 / bits > 0.9 * code.get("compression", 0 if code else 64)
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 8}, {"sparsity": 64}, {"wire": "two_shot", "sparsity": 8}])
+@pytest.mark.parametrize("task", ["transformer", "lstm"])
+def test_each_parameters_own_gradient_has_the_noise_of_theory(task: str, settings: dict[str, Any]) -> None:
+    """A model's gradients are no Gaussians: rows and columns prevail in them."""
+    torch.manual_seed(0)
+    model = TASKS[task].model()
+    TASKS[task].loss(model, torch.Generator().manual_seed(0)).backward()
+    true = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    config = VsaConfig(whiten=False, gain="unbiased", bundle=1, exact_steps=0, **settings)
+    hook, noise = LockstepHook(shapes_of(model), config), torch.zeros(len(true))
+    for _ in range(8):
+        decoded = hook.average(torch.cat(true)[None]).split([len(g) for g in true])
+        noise += (
+            torch.stack([(d - g).square().sum() / g.square().sum() for d, g in zip(decoded, true, strict=True)]) / 8
+        )
+    theory = unbiased_nmse(1, config.sparsity, num_roundings(config.wire))
+    compressed = torch.tensor([is_compressed(p.shape, config) for p in model.parameters()])
+    assert (noise[compressed] / theory).sub(1).abs().max() < 0.2
+    assert not noise[~compressed].any()
 
 
 @pytest.mark.parametrize("wire", WIRES)
