@@ -70,7 +70,9 @@ class Store:
             environment["commit"] += f", {self._commit}"
         self.list.extend(measured)
         if self.file is not None:
-            self.file.write_text(json.dumps(self.results, indent=1) + "\n")
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(self.results, indent=1) + "\n")
+            part.replace(self.file)  # whole, also if stopped in between
 
     def write_page(self, report: Callable[[Results], str]) -> None:
         """Print the page, and keep it beside the file."""

@@ -41,7 +41,7 @@ def work(
     deadline = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
-    with pool, tqdm(unit="run") as bar:
+    with pool, tqdm(unit="run", initial=len(store.list)) as bar:
         running: dict[Future[Record], Trial] = {}
         while True:
             planned = [t for t in plan(store.list) if t not in running.values()]
