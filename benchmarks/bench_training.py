@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from benchmarks import rivals
+from benchmarks import leads, rivals
 from benchmarks.lockstep import Averager, LockstepAverager, LockstepHook, Shapes, shapes_of
 from benchmarks.store import Record, Results, Store, find, page_head
 from benchmarks.tasks import TASKS
@@ -68,6 +68,26 @@ METHODS = (
 )
 """With their bundle, sparsity, compression, rank, coefficients or steps between averages, which "vsa-local" compresses
 by a sparsity of n, or by the two_shot wire, and "drive-local" by DRIVE. "alone": no communication at all."""
+LEADS = (
+    "error-memory 8",
+    "shared-prediction 8",
+    "low-rank-head 16",
+    "by-energy 4, 16",
+    "by-energy 16, 4",
+    "schedule 16, 4",
+)
+"""What was tried beside the hook, and the sparsities: `benchmarks.leads`."""
+CHOICES: dict[str, dict[str, Any]] = {
+    "whitened": {"whiten": True},
+    "not whitened": {"whiten": False},
+    "unbiased": {"gain": "unbiased"},
+    "shrunk": {"gain": "shrunk"},
+    "blocks of 256": {"rotation_block": 256},
+    "blocks of 4096": {"rotation_block": 4096},
+    "scales of every step": {"scale_interval": 1},
+    "scales of every 100": {"scale_interval": 100},
+}
+"""Settings of the hook other than its defaults."""
 OURS = ("bundle", "sparsity", "two-shot", "compression", "vsa-local")
 
 
@@ -130,6 +150,9 @@ _MANY_RANKS = (
     *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
     "vsa-local 8, two-shot 256",
 )
+_VARIANTS = (*(f"sparsity 8, {choice}" for choice in list(CHOICES)[4:]), *LEADS)
+_WITH_ADAMW = ("sparsity 8, not whitened", "sparsity 8, shrunk", *_VARIANTS)
+_WITH_SGD = ("sparsity 8, whitened", "sparsity 8, unbiased", *_VARIANTS)
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
@@ -139,10 +162,14 @@ SUITES = {
         task="wide transformer", optimizer="sgd", steps=400, base_lr=0.0354, methods=_FOR_SGD, bounded=True
     ),
     "sgd-digits": Suite(
-        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, methods=_FOR_SGD, bounded=True
+        task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05, methods=_FOR_SGD + _WITH_SGD, bounded=True
     ),
-    "adamw-digits": Suite(task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3),
-    "adamw-lstm": Suite(task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5),
+    "adamw-digits": Suite(
+        task="distorted digits", optimizer="adamw", steps=300, base_lr=4e-3, methods=METHODS + _WITH_ADAMW
+    ),
+    "adamw-lstm": Suite(
+        task="lstm", optimizer="adamw", steps=400, base_lr=4e-3 * 2**2.5, methods=METHODS + _WITH_ADAMW
+    ),
     "adamw-large": Suite(task="large batch", optimizer="adamw", steps=100, base_lr=4e-3 / 2**1.5, methods=_FEWER),
     "adamw-char-16": Suite(
         task="wide transformer", optimizer="adamw", steps=400, base_lr=4e-3 / 2**1.5, world_size=16, methods=_MANY_RANKS
@@ -184,21 +211,22 @@ def parse(method: str) -> tuple[str, str, str]:
 
 
 def settings(method: str) -> dict[str, Any]:
-    """Of ours, which are fields of `VsaConfig`."""
+    """Of ours, and of the hook in a lead, which are fields of `VsaConfig`."""
     name, number, code = parse(method)
     if name == "vsa-local":
         name, number = ("sparsity", code[2:]) if code.startswith("n=") else code.split(" ")
     if name in ("two-shot", "compression"):
         return {"wire": "two_shot" if name == "two-shot" else "all_gather", "compression": float(number)}
-    return {name: int(number)}
+    return {"sparsity" if method in LEADS else name: int(number), **CHOICES.get(code, {})}
 
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
     name, number, code = parse(trial.method)
     family: Family = "adam" if trial.optimizer == "adamw" else "sgd"
-    if name in OURS:
+    if name in OURS or trial.method in LEADS:
         defaults = default_settings(family) if name == "vsa-local" else FAMILY_SETTINGS[family]
-        return LockstepHook(shapes, VsaConfig.from_settings({"seed": trial.seed, **defaults, **settings(trial.method)}))
+        config = VsaConfig.from_settings({"seed": trial.seed, **defaults, **settings(trial.method)})
+        return make_lead(trial, shapes, config) if trial.method in LEADS else LockstepHook(shapes, config)
     if name == "powersgd":
         return rivals.PowerSGD(shapes, trial.seed, int(number), factors=torch.bfloat16 if code else torch.float32)
     if name == "diloco":
@@ -218,6 +246,20 @@ def make_averager(trial: Trial, shapes: Shapes) -> Averager:
         "top-1%": rivals.TopK,
     }
     return kinds[name](shapes, trial.seed)
+
+
+def make_lead(trial: Trial, shapes: Shapes, config: VsaConfig) -> Averager:
+    name, _, other = parse(trial.method)
+    if name == "by-energy":
+        return leads.ByEnergy(shapes, config, quiet=int(other))
+    if name == "schedule":
+        return leads.Schedule(shapes, config, later=int(other), steps=trial.steps)
+    kinds = {
+        "error-memory": leads.ErrorMemory,
+        "shared-prediction": leads.SharedPrediction,
+        "low-rank-head": leads.LowRankHead,
+    }
+    return kinds[name](shapes, config)
 
 
 def period(method: str) -> int | None:
@@ -339,7 +381,7 @@ def start_lr(suite: Suite, method: str) -> float:
     """The square-root rule for `register` with AdamW, a quarter for signs, half for ranks that step alone without being
     lengthened; the dense rate for all others."""
     name = parse(method)[0]
-    if name in ("bundle", "sparsity", "two-shot", "compression") and suite.optimizer == "adamw":
+    if (name in ("bundle", "sparsity", "two-shot", "compression") or method in LEADS) and suite.optimizer == "adamw":
         return suite.base_lr * learning_rate_factor(**settings(method))
     return suite.base_lr * {"demo": 0.25, "onebit-adam": 0.25, "local": 0.5, "diloco": 0.5, "alone": 0.5}.get(name, 1.0)
 
@@ -436,7 +478,7 @@ def beyond(suite: Suite, runs: list[Record]) -> list[Trial]:
     largest, missing = largest_rate(suite, runs)
     if missing:
         return missing if "dense" in suite.methods else []
-    ours = [method for method in suite.methods if method.startswith(OURS)]
+    ours = [method for method in suite.methods if method in METHODS and method.startswith(OURS)]
     return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)]
 
 
@@ -567,6 +609,11 @@ def report(results: Results) -> str:
             )
         if suite.bounded:
             lines += at_the_largest_rate(suite, results["runs"])
+    lines += ["", "## Other settings of `register` with n=8, and what was tried beside it", ""]
+    lines += [
+        "Held-out loss against dense, and times fewer bytes handed over. `benchmarks/leads.py` has what is tried."
+    ]
+    lines += ["", *choices(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -578,6 +625,24 @@ def _excess(runs: list[Record], dense: list[Record]) -> str:
     if runs == dense or len(ratios) < len(SEEDS) or not trains(runs):
         return shown
     return f"{shown} ({100 * statistics.stdev(ratios) / math.sqrt(len(ratios)):.1f})"
+
+
+def choices(results: Results) -> list[str]:
+    """A table of the hook's settings other than its defaults, and of what was tried beside it."""
+    names = [name for name in SUITES if set(_VARIANTS) <= set(SUITES[name].methods)]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for method in dict.fromkeys(("sparsity 8", *_WITH_ADAMW, *_WITH_SGD)):
+        cells = []
+        for name in names:
+            suite = SUITES[name]
+            runs, dense = (best_runs(suite, m, results["runs"]) for m in (method, "dense"))
+            shown = (
+                f"{_excess(runs, dense)}, {_times(runs, 'sent')}" + _asterisk(suite, method, results) if runs else ""
+            )
+            cells.append(shown)
+        if any(cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
 
 
 def at_the_largest_rate(suite: Suite, runs: list[Record]) -> list[str]:
@@ -684,7 +749,7 @@ def main(
 ) -> None:
     """Compare what every method loses for the bytes it saves."""
     check_options(quick, full, rebuild, suite or (), SUITES)
-    check_names(method or (), METHODS)
+    check_names(method or (), list(dict.fromkeys(METHODS + _WITH_ADAMW + _WITH_SGD)))
     store = Store(json_file or (None if quick else RESULTS), "runs", rebuild=rebuild)
     if full:
         suites = [replace(SUITES[name], methods=tuple(method or SUITES[name].methods)) for name in suite or SUITES]

@@ -131,6 +131,10 @@ class PowerSGD(_Rival):
         self._error[name] = m_WRC - mean_RC
         return mean_RC
 
+    def forget(self) -> None:
+        """What was not sent is lost."""
+        self._error.clear()
+
 
 class TernGrad(_Rival):
     """Stochastic ternary at the greatest magnitude after clipping at 2.5 standard deviations, one scale for all ranks.

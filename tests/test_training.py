@@ -207,6 +207,52 @@ def test_powersgds_factors_are_rounded_where_they_count_as_halves() -> None:
     assert whole.sent_bytes - half.sent_bytes == 2 * 4 * (64 + 48)
 
 
+TWO: Shapes = (("first", (64, 48)), ("second", (48, 64)), ("bias", (48,)))
+
+
+@pytest.mark.parametrize("method", bench_training.LEADS)
+def test_what_was_tried_has_the_right_mean_over_many_steps(method: str) -> None:
+    steps = 400
+    trial = Trial(task="digits", optimizer="adamw", method=method, lr=1.0, momentum=0.9, steps=steps)
+    lead, gradient_WN = bench_training.make_averager(trial, TWO), constant(TWO)
+    sent, total = [0.0], torch.zeros_like(gradient_WN[0])
+    for _ in range(steps):
+        total += lead.average(gradient_WN.clone())
+        sent.append(lead.sent_bytes)
+    error = (total / steps - gradient_WN.mean(0)).norm() / gradient_WN.mean(0).norm()
+    assert error < 0.2
+    assert lead.received_bytes > lead.sent_bytes
+    early, late = sent[240] - sent[1], sent[400] - sent[242]  # the first step, and a schedule's second, are exact
+    if method == "schedule 16, 4":
+        assert late / 158 > 1.3 * early / 239
+    else:
+        assert late / 158 == pytest.approx(early / 239, rel=0.05)
+
+
+def test_the_first_component_of_a_matrix_goes_ahead_of_the_hook() -> None:
+    trial = Trial(task="digits", optimizer="adamw", method="low-rank-head 16", lr=1.0, momentum=0.9, steps=1)
+    lead = bench_training.make_averager(trial, MATRIX)
+    row_N = torch.cat([(torch.randn(64, 1) @ torch.randn(1, 48)).flatten(), torch.randn(48)])
+    for _ in range(5):
+        mean_N = lead.average(row_N.repeat(4, 1))
+    torch.testing.assert_close(mean_N, row_N, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_prediction_is_taken_where_it_is_right() -> None:
+    """A gradient that stays has less noise, one that is new in each step is sent whole."""
+    trial = Trial(task="digits", optimizer="adamw", method="shared-prediction 8", lr=1.0, momentum=0.9, steps=1)
+    stays, new = (bench_training.make_averager(trial, MATRIX) for _ in range(2))
+    hook = LockstepHook(MATRIX, VsaConfig(sparsity=8))
+    one_WN, errors = constant(MATRIX), torch.zeros(3)
+    for step in range(60):
+        other_WN = torch.randn_like(one_WN)
+        for i, (averager, given) in enumerate([(stays, one_WN), (new, other_WN), (hook, other_WN)]):
+            error = averager.average(given.clone()) - given.mean(0)
+            errors[i] += (step >= 40) * error.square().sum() / given.mean(0).square().sum()
+    assert errors[0] < 0.8 * errors[2]
+    assert errors[1] == pytest.approx(errors[2].item(), rel=0.15)
+
+
 def test_onebit_adam_begins_as_adam_and_then_forgets_no_momentum() -> None:
     gradient_WN = constant(MATRIX)
     size = gradient_WN.shape[1]
@@ -430,7 +476,20 @@ def test_ranks_that_take_turns_keep_no_message(wire: Any) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["dense", "sparsity 8", "two-shot 64", "powersgd 1", "local 4", "diloco 4", "vsa-local 4, n=64", "alone"],
+    [
+        "dense",
+        "sparsity 8",
+        "sparsity 8, unbiased",
+        "two-shot 64",
+        "powersgd 1",
+        "powersgd 1, bf16",
+        "local 4",
+        "diloco 4",
+        "diloco 4, momentum 0.5",
+        "drive-local 4",
+        "vsa-local 4, n=64",
+        "alone",
+    ],
 )
 def test_every_kind_of_method_learns(method: str) -> None:
     found = run(Trial(task="digits", optimizer="sgd", method=method, lr=0.05, momentum=0.9, steps=30))
@@ -439,7 +498,14 @@ def test_every_kind_of_method_learns(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "lr"), [("demo 32", 2e-3), ("onebit-adam", 1e-4), ("vsa-local 1, two-shot 256", 2e-3)]
+    ("method", "lr"),
+    [
+        ("demo 32", 2e-3),
+        ("onebit-adam", 1e-4),
+        ("compression 320", 8e-3),
+        ("vsa-local 1, two-shot 256", 2e-3),
+        *((lead, 4e-3) for lead in bench_training.LEADS),
+    ],
 )
 def test_every_kind_of_method_for_adam_learns(method: str, lr: float) -> None:
     found = run(Trial(task="digits", optimizer="adamw", method=method, lr=lr, momentum=0.9, steps=30))
