@@ -88,7 +88,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "scales of every step": {"scale_interval": 1},
     "scales of every 100": {"scale_interval": 100},
 }
-"""Settings of the hook other than its defaults."""
+"""Settings of ours other than the defaults."""
 OURS = ("bundle", "sparsity", "two-shot", "compression", "vsa-local")
 
 
@@ -152,7 +152,7 @@ _MANY_RANKS = (
     "vsa-local 8, two-shot 256",
 )
 _VARIANTS = (*(f"sparsity 8, {choice}" for choice in list(CHOICES)[4:]), *LEADS)
-_WITH_ADAMW = ("sparsity 8, not whitened", "sparsity 8, shrunk", *_VARIANTS)
+_WITH_ADAMW = ("sparsity 8, not whitened", "sparsity 8, shrunk", *_VARIANTS, "vsa-local 1, n=64, not whitened")
 _WITH_SGD = ("sparsity 8, whitened", "sparsity 8, unbiased", *_VARIANTS)
 SUITES = {
     "adamw-char": Suite(
@@ -213,12 +213,13 @@ def parse(method: str) -> tuple[str, str, str]:
 
 def settings(method: str) -> dict[str, Any]:
     """Of ours, and of the hook in a lead, which are fields of `VsaConfig`."""
-    name, number, code = parse(method)
+    name, number, choice = parse(method)
     if name == "vsa-local":
+        code, _, choice = choice.partition(", ")
         name, number = ("sparsity", code[2:]) if code.startswith("n=") else code.split(" ")
     if name in ("two-shot", "compression"):
         return {"wire": "two_shot" if name == "two-shot" else "all_gather", "compression": float(number)}
-    return {"sparsity" if method in LEADS else name: int(number), **CHOICES.get(code, {})}
+    return {"sparsity" if method in LEADS else name: int(number), **CHOICES.get(choice, {})}
 
 
 def make_averager(trial: Trial, shapes: Shapes) -> Averager:
@@ -608,10 +609,8 @@ def report(results: Results) -> str:
             )
         if suite.bounded:
             lines += at_the_largest_rate(suite, results["runs"])
-    lines += ["", "## Other settings of `register` with n=8, and what was tried beside it", ""]
-    lines += [
-        "Held-out loss against dense, and times fewer bytes handed over. `benchmarks/leads.py` has what is tried."
-    ]
+    lines += ["", "## Other settings of ours, and what was tried beside them", ""]
+    lines += ["Held-out loss against dense, and times fewer bytes handed over. What was tried: `benchmarks/leads.py`."]
     lines += ["", *choices(results)]
     return "\n".join(lines) + "\n"
 
@@ -627,10 +626,10 @@ def _excess(runs: list[Record], dense: list[Record]) -> str:
 
 
 def choices(results: Results) -> list[str]:
-    """A table of the hook's settings other than its defaults, and of what was tried beside it."""
+    """A table of settings of ours other than the defaults, and of what was tried beside them."""
     names = [name for name in SUITES if set(_VARIANTS) <= set(SUITES[name].methods)]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for method in dict.fromkeys(("sparsity 8", *_WITH_ADAMW, *_WITH_SGD)):
+    for method in dict.fromkeys(("sparsity 8", "vsa-local 1, n=64", *_WITH_ADAMW, *_WITH_SGD)):
         cells = []
         for name in names:
             suite = SUITES[name]
