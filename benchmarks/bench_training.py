@@ -384,7 +384,8 @@ def start_lr(suite: Suite, method: str) -> float:
     lengthened; the dense rate for all others."""
     name = parse(method)[0]
     if (name in ("bundle", "sparsity", "two-shot", "compression") or method in LEADS) and suite.optimizer == "adamw":
-        return suite.base_lr * learning_rate_factor(**settings(method))
+        code = {key: value for key, value in settings(method).items() if not any(key in c for c in CHOICES.values())}
+        return suite.base_lr * learning_rate_factor(**code)
     return suite.base_lr * {"demo": 0.25, "onebit-adam": 0.25, "local": 0.5, "diloco": 0.5, "alone": 0.5}.get(name, 1.0)
 
 

@@ -405,6 +405,15 @@ def test_a_method_that_always_diverges_is_given_up() -> None:
     assert min(r["lr"] for r in runs) == 0.1 / 2**4
 
 
+@pytest.mark.parametrize("suite", bench_training.SUITES.values(), ids=list(bench_training.SUITES))
+def test_every_method_of_a_suite_has_a_first_run_that_can_be_made(suite: Suite) -> None:
+    for method in suite.methods:
+        trials = list(waiting(suite, method, []))
+        assert len({t.lr for t in trials}) == 3, method
+        if bench_training.parse(method)[0] != "alone":
+            bench_training.make_averager(trials[0], MATRIX)
+
+
 def test_ours_are_run_at_the_largest_learning_rate_at_which_plain_ddp_does_not_diverge() -> None:
     suite = Suite(
         task="digits", optimizer="sgd", steps=10, base_lr=0.1, methods=("dense", "bundle 1", "drive"), bounded=True
