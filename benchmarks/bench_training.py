@@ -271,13 +271,14 @@ def period(method: str) -> int | None:
 
 
 def run(trial: Trial) -> Record:
-    """Train. The loss is None if one was not finite, or if the mean of the last tenth is not half a percent below the
-    first, as where a model ends up guessing: after a spike a run may go on."""
+    """Train. The loss is None if one was not finite, or the mean of the last tenth above the first or above the mean of
+    the first tenth, as where a model ends up guessing: after a spike a run may go on."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     losses, averager, models = (train_apart if period(trial.method) is not None else train_together)(trial)
-    end = statistics.mean(losses[-max(1, trial.steps // 10) :])
-    good = math.isfinite(end) and end <= 0.995 * losses[0]
+    tenth = max(1, trial.steps // 10)
+    end = statistics.mean(losses[-tenth:])
+    good = math.isfinite(end) and end <= min(losses[0], statistics.mean(losses[:tenth]))
     num_parameters = sum(p.numel() for p in models[0].parameters())
     return {
         **asdict(trial),

@@ -90,7 +90,7 @@ def register(
     Args:
         optimizer: decides whitening and gain by its family; None means Adam-like.
         mesh: nodes and ranks of a node, see `VsaState`; instead of `ranks_per_node`.
-        settings: fields of `VsaConfig` that override the choice, `compression=320` for example. If neither a wire nor
+        settings: fields of `VsaConfig` that override the choice, `compression=32` for example. If neither a wire nor
             a compression (nor bundle nor sparsity) is given, all of a job's more than 4 ranks, or nodes, begin with
             wire="two_shot" and its compression of 32: bytes do not grow with the ranks, and the noise is that of the
             default where gradients have little in common. A compression alone keeps "all_gather".
