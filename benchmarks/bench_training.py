@@ -182,7 +182,7 @@ SUITES = {
         task="distorted digits", optimizer="sgd", steps=300, base_lr=0.05 * 2**1.5, world_size=16, methods=_MANY_RANKS
     ),
 }
-OLDER = SUITES.keys() - {"sgd-char", "sgd-digits"}
+OLDER = ("adamw-char-16", "adamw-digits-16", "sgd-digits-16")
 """Suites that ran before block codes were diagonals, and before each of DRIVE's ranks had a rotation of its own."""
 README_SUITES = ("adamw-char", "sgd-char", "sgd-digits", "adamw-digits", "adamw-lstm", "adamw-char-16")
 README_METHODS = (
