@@ -7,8 +7,9 @@
 
 The ranks take turns in one process (`lockstep`), with the hook's own codec and wires: `tests/test_training.py` compares
 them with ranks that are processes. A method's learning rates are tried with the first seed, on a grid that grows while
-its best is at an end, then other momenta at the best; the other seeds run at the best of both at which all train. With
-SGD ours are also run at the largest learning rate at which plain DDP does not diverge.
+its best is at an end, then other momenta at the best, and for plain DDP learning rates again at the best of these. The
+other seeds run at the best of both, and at the next best if one of them cannot train there. With SGD ours are also run
+at the largest learning rate at which plain DDP does not diverge.
 Every run is stored as it ends, and a benchmark that was stopped goes on where it was.
 """
 
@@ -117,7 +118,8 @@ class Suite:
     base_lr: float
     """Where the search begins: times two to the halves."""
     momenta: tuple[float, ...] = (0.9,)
-    """Learning rates are searched at the first; each other is tried if the one before it was the best yet."""
+    """Learning rates are searched at the first, for plain DDP also at the best; each other is tried if the one before
+    was the best yet."""
     world_size: int = 4
     methods: tuple[str, ...] = METHODS
     bounded: bool = False
@@ -205,7 +207,7 @@ README_METHODS = (
 
 
 def parse(method: str) -> tuple[str, str, str]:
-    """What a method is, its number, and the code of local steps: "vsa-local 8, n=64" is "vsa-local", "8", "n=64"."""
+    """What a method is, its number, and what comes after: "vsa-local 8, n=64" is "vsa-local", "8", "n=64"."""
     name, _, rest = method.partition(" ")
     number, _, code = rest.partition(", ")
     return name, number, code
@@ -448,6 +450,8 @@ def waiting(suite: Suite, method: str, runs: list[Record]) -> Iterator[Trial]:
             yield from at_rates(wanted, best["momentum"])
             return
         best = rates[best_of(rates)]
+        if value(best) == math.inf:
+            return
     chosen = {name: best[name] for name in ("lr", "momentum")}
     seeds = {r["seed"] for r in find(mine, **chosen)}
     yield from (replace(trial, **chosen, seed=seed) for seed in SEEDS if seed not in seeds)

@@ -52,6 +52,7 @@ class ErrorMemory(_Lead):
         super().__init__(shapes, replace(config, gain="shrunk"))
         self._hooks: list[LockstepHook] = []
         self._memory_WN = torch.zeros(())
+        self._exact_bytes = 0.0
 
     def _average(self, gradient_WN: Tensor) -> Tensor:
         if not self._hooks:  # of one rank each, by the same keys
@@ -59,6 +60,8 @@ class ErrorMemory(_Lead):
         wanted_WN = gradient_WN + self._memory_WN
         sent_WN = torch.stack([h.average(g_N[None].clone()) for h, g_N in zip(self._hooks, wanted_WN, strict=True)])
         self._memory_WN = wanted_WN - sent_WN
+        if self.step < self._config.exact_steps:
+            self._exact_bytes = self.sent_bytes
         return sent_WN.mean(0)
 
     @property
@@ -67,7 +70,8 @@ class ErrorMemory(_Lead):
 
     @property
     def received_bytes(self) -> float:
-        return (len(self._hooks) - 1) * self.sent_bytes
+        w = len(self._hooks)
+        return (w - 1) * (self.sent_bytes - self._exact_bytes + 2 * self._exact_bytes / w)
 
 
 class SharedPrediction(_Lead):
@@ -118,8 +122,8 @@ class LowRankHead(_Lead):
 
 
 class ByEnergy(_Lead):
-    """Of the compressed parameters the louder half of the elements by another sparsity than the quieter, as the first
-    step's gradient has them."""
+    """Of the compressed parameters the loudest, as the first step's gradient has them, by another sparsity than the
+    others: as many as have half of all elements, one at least."""
 
     def __init__(self, shapes: Shapes, config: VsaConfig, quiet: int) -> None:
         super().__init__(shapes, config)
@@ -136,14 +140,16 @@ class ByEnergy(_Lead):
 
     def _split(self, mean_N: Tensor) -> None:
         energies = [part.square().mean().item() for part in mean_N.split(self._sizes)]
-        order = sorted(range(len(energies)), key=lambda i: -energies[i])
-        loud, room = set(), sum(self._sizes) / 2
-        for i in order:
-            if self._sizes[i] <= room:
-                loud.add(i)
-                room -= self._sizes[i]
+        compressed = [i for i, (_, shape) in enumerate(self._shapes) if is_compressed(shape, self._config)]
+        loud, room = set[int](), sum(self._sizes) / 2
+        for i in sorted(compressed, key=lambda i: -energies[i]):
+            room -= self._sizes[i]
+            if loud and room < 0:
+                break
+            loud.add(i)
         starts = torch.tensor([0, *self._sizes]).cumsum(0).tolist()
-        for wanted, sparsity in ((loud, self._config.sparsity), (set(order) - loud, self._quiet)):
+        quiet = set(range(len(self._sizes))) - loud
+        for wanted, sparsity in ((loud, self._config.sparsity), (quiet, self._quiet)):
             mine = sorted(wanted)
             config = replace(self._config, compression=None, bundle=1, sparsity=sparsity)
             self._parts.append(LockstepHook(tuple(self._shapes[i] for i in mine), config))
@@ -155,9 +161,9 @@ class Schedule(_Lead):
 
     def __init__(self, shapes: Shapes, config: VsaConfig, later: int, steps: int) -> None:
         super().__init__(shapes, config)
-        config_later = replace(config, compression=None, bundle=1, sparsity=later)
+        config_later = replace(config, compression=None, bundle=1, sparsity=later, exact_steps=0)
         self._parts = [LockstepHook(shapes, config), LockstepHook(shapes, config_later)]
         self._switch = 0.6 * steps
 
     def _average(self, gradient_WN: Tensor) -> Tensor:
-        return self._parts[self.step > self._switch].average(gradient_WN)
+        return self._parts[self.step >= self._switch].average(gradient_WN)
