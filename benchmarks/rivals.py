@@ -98,8 +98,8 @@ class Bf16(_Rival):
 class PowerSGD(_Rival):
     """Rank r, warm start, error feedback, exact for two steps. Torch advises a tenth of a run: rank 4 then loses 3.8 %
     in adamw-char-short, at 7 times fewer bytes, instead of 6.1 % at 20 (two seeds, at a rate of 0.0014). What each rank
-    sends can be rounded to bfloat16; the sums are float32's. Source: Vogels et al. 2019, arXiv:1905.13727, as in torch's
-    powerSGD_hook."""
+    sends can be rounded to bfloat16; the sums are float32's. Source: Vogels et al. 2019, arXiv:1905.13727, as torch's
+    powerSGD_hook has it."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import vsa_ddp
-from benchmarks import bench_training, rivals
+from benchmarks import bench_training, leads, rivals
 from benchmarks.bench_training import SEEDS, Suite, Trial, run, waiting
 from benchmarks.lockstep import LockstepHook, Shapes, shapes_of
 from benchmarks.store import Record
@@ -229,6 +229,27 @@ def test_what_was_tried_has_the_right_mean_over_many_steps(method: str) -> None:
         assert late / 158 == pytest.approx(early / 239, rel=0.05)
 
 
+def test_the_loudest_parameters_have_a_code_of_their_own() -> None:
+    shapes: Shapes = (("quiet", (64, 64)), ("loud", (32, 64)), ("bias", (48,)))
+    gradient_WN = constant(shapes)
+    gradient_WN[:, : 64 * 64] *= 0.01
+    noises = {}
+    for method in ("by-energy 2, 64", "by-energy 64, 2"):
+        config = VsaConfig(sparsity=int(method.split()[1][:-1]), gain="unbiased")
+        lead = leads.ByEnergy(shapes, config, quiet=int(method.split()[2]))
+        lead.average(gradient_WN.clone())
+        error_N = lead.average(gradient_WN.clone()) - gradient_WN.mean(0)
+        noises[method] = [
+            e.norm() / g.norm()
+            for e, g in zip(
+                error_N.split([64 * 64, 32 * 64, 48]), gradient_WN.mean(0).split([64 * 64, 32 * 64, 48]), strict=True
+            )
+        ]
+    assert noises["by-energy 2, 64"][0] > 2 * noises["by-energy 64, 2"][0]
+    assert noises["by-energy 64, 2"][1] > 2 * noises["by-energy 2, 64"][1]
+    assert noises["by-energy 2, 64"][2] < 1e-6
+
+
 def test_the_first_component_of_a_matrix_goes_ahead_of_the_hook() -> None:
     trial = Trial(task="digits", optimizer="adamw", method="low-rank-head 16", lr=1.0, momentum=0.9, steps=1)
     lead = bench_training.make_averager(trial, MATRIX)
@@ -394,6 +415,21 @@ def test_settings_at_which_some_seed_cannot_train_are_not_taken(bad_loss: float 
         ]
     best = bench_training.best_runs(suite, "dense", runs)
     assert [r["lr"] for r in best] == pytest.approx([0.1 * 2**0.5] * len(SEEDS))
+
+
+def test_of_settings_with_all_seeds_the_least_mean_is_taken_and_its_standard_error_told() -> None:
+    suite = Suite(task="digits", optimizer="sgd", steps=10, base_lr=0.1)
+    losses = {("dense", 0.1): (1.0, 1.0, 1.0), ("drive", 0.1): (2.0, 2.0, 2.0), ("drive", 0.2): (1.0, 1.1, 1.5)}
+    runs = [
+        {**vars(bench_training.first_trial(suite, method, lr)), "seed": seed, "heldout_loss": loss}
+        for (method, lr), each in losses.items()
+        for seed, loss in enumerate(each)
+    ]
+    best, dense = (bench_training.best_runs(suite, method, runs) for method in ("drive", "dense"))
+    assert {r["lr"] for r in best} == {0.2}
+    assert bench_training._excess(best, dense) == "+20.0 % (15.3)"
+    assert bench_training._excess(dense, dense) == "+0.0 %"
+    assert bench_training._excess(best[:2], dense) == "+5.0 %"
 
 
 def test_a_method_that_always_diverges_is_given_up() -> None:
