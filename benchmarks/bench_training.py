@@ -91,6 +91,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 """Settings of ours other than the defaults."""
 OURS = ("bundle", "sparsity", "two-shot", "compression", "vsa-local")
+OUR_METHODS = tuple(method for method in METHODS if method.startswith(OURS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +154,16 @@ _MANY_RANKS = (
     *(f"vsa-local 1, two-shot {compression}" for compression in (128, 256)),
     "vsa-local 8, two-shot 256",
 )
-_VARIANTS = (*(f"sparsity 8, {choice}" for choice in list(CHOICES)[4:]), *LEADS)
-_WITH_ADAMW = ("sparsity 8, not whitened", "sparsity 8, shrunk", *_VARIANTS, "vsa-local 1, n=64, not whitened")
-_WITH_SGD = ("sparsity 8, whitened", "sparsity 8, unbiased", *_VARIANTS)
+
+
+def _variants(family: Family) -> tuple[str, ...]:
+    """The leads, and what is not the family's default."""
+    default = FAMILY_SETTINGS[family]
+    return (*(f"sparsity 8, {name}" for name, choice in CHOICES.items() if {**default, **choice} != default), *LEADS)
+
+
+_WITH_ADAMW = (*_variants("adam"), "vsa-local 1, n=64, not whitened")
+_WITH_SGD = _variants("sgd")
 SUITES = {
     "adamw-char": Suite(
         task="wide transformer", optimizer="adamw", steps=2000, base_lr=5.6e-3, momenta=(0.9, 0.8, 0.7, 0.5)
@@ -387,8 +395,8 @@ def start_lr(suite: Suite, method: str) -> float:
     lengthened; the dense rate for all others."""
     name = parse(method)[0]
     if (name in ("bundle", "sparsity", "two-shot", "compression") or method in LEADS) and suite.optimizer == "adamw":
-        code = {key: value for key, value in settings(method).items() if not any(key in c for c in CHOICES.values())}
-        return suite.base_lr * learning_rate_factor(**code)
+        config = VsaConfig.from_settings(settings(method))
+        return suite.base_lr * learning_rate_factor(wire=config.wire, **config.asked())
     return suite.base_lr * {"demo": 0.25, "onebit-adam": 0.25, "local": 0.5, "diloco": 0.5, "alone": 0.5}.get(name, 1.0)
 
 
@@ -486,7 +494,7 @@ def beyond(suite: Suite, runs: list[Record]) -> list[Trial]:
     largest, missing = largest_rate(suite, runs)
     if missing:
         return missing if "dense" in suite.methods else []
-    ours = [method for method in suite.methods if method in METHODS and method.startswith(OURS)]
+    ours = [method for method in suite.methods if method in OUR_METHODS]
     return [trial for method in ours for trial in missing_seeds(suite, method, largest, runs)]
 
 
@@ -633,7 +641,7 @@ def _excess(runs: list[Record], dense: list[Record]) -> str:
 
 def choices(results: Results) -> list[str]:
     """A table of settings of ours other than the defaults, and of what was tried beside them."""
-    names = [name for name in SUITES if set(_VARIANTS) <= set(SUITES[name].methods)]
+    names = [name for name in SUITES if set(LEADS) <= set(SUITES[name].methods)]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for method in dict.fromkeys(("sparsity 8", "vsa-local 1, n=64", *_WITH_ADAMW, *_WITH_SGD)):
         cells = []
@@ -656,7 +664,7 @@ def at_the_largest_rate(suite: Suite, runs: list[Record]) -> list[str]:
     largest, missing = largest_rate(suite, runs)
     if missing:
         return []
-    found = {m: find(suite.among(runs), method=m, lr=largest) for m in METHODS if m.startswith(("dense", *OURS))}
+    found = {m: find(suite.among(runs), method=m, lr=largest) for m in ("dense", *OUR_METHODS)}
     each = [
         f"{method} {', '.join('diverged' if r['heldout_loss'] is None else f'{score(r):.3f}' for r in by_seed)}"
         for method, at in found.items()

@@ -151,7 +151,7 @@ class ByEnergy(_Lead):
         quiet = set(range(len(self._sizes))) - loud
         for wanted, sparsity in ((loud, self._config.sparsity), (quiet, self._quiet)):
             mine = sorted(wanted)
-            config = replace(self._config, compression=None, bundle=1, sparsity=sparsity)
+            config = replace(self._config, sparsity=sparsity)
             self._parts.append(LockstepHook(tuple(self._shapes[i] for i in mine), config))
             self._chosen.append(torch.cat([torch.arange(starts[i], starts[i + 1]) for i in mine]))
 
@@ -161,7 +161,7 @@ class Schedule(_Lead):
 
     def __init__(self, shapes: Shapes, config: VsaConfig, later: int, steps: int) -> None:
         super().__init__(shapes, config)
-        config_later = replace(config, compression=None, bundle=1, sparsity=later, exact_steps=0)
+        config_later = replace(config, sparsity=later, exact_steps=0)
         self._parts = [LockstepHook(shapes, config), LockstepHook(shapes, config_later)]
         self._switch = 0.6 * steps
 

@@ -63,8 +63,7 @@ def test_ours_diverge_only_where_plain_ddp_is_about_to(name: str) -> None:
     suite, runs = bench_training.SUITES[name], stored(bench_training)["runs"]
     largest, missing = bench_training.largest_rate(suite, runs)
     assert not missing
-    defaults = [method for method in bench_training.METHODS if method.startswith(bench_training.OURS)]
-    ours = [r for r in suite.among(runs) if r["method"] in defaults]
+    ours = [r for r in suite.among(runs) if r["method"] in bench_training.OUR_METHODS]
     for method in {r["method"] for r in ours}:
         assert not bench_training.missing_seeds(suite, method, largest, runs), method
     assert [r for r in ours if r["heldout_loss"] is None and r["lr"] < 0.99 * largest] == []
